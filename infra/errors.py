@@ -1,0 +1,19 @@
+"""Errors a user can meet, each with the exit status of the command line.
+
+A message is two lines: what is wrong (with the value and what is allowed), and `hint:` with what to do.
+The science (`hvqd_model`) raises plain ValueError of the same form; the front door treats both alike.
+"""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad usage, input or configuration: exit status 2."""
+
+
+class EnvironmentFailure(RuntimeError):  # noqa: N818 - it names what failed, the machine and its services
+    """The environment let us down (disk full, store or server away): exit status 1."""
+
+
+class GateRefusal(RuntimeError):  # noqa: N818
+    """A promotion gate refused: exit status 3."""
