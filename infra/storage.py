@@ -1,0 +1,290 @@
+"""One way to read and write a folder, wherever it is: a local path or any fsspec URL (`s3://bucket/prefix`, …).
+
+A `Store` is only its address, so it can be sent to any worker; credentials come from the environment there. Writes are
+whole or absent: a local file is renamed into place, an object store shows an object when its upload has ended.
+
+Two policies meet faults: `patient` (the default) retries, for work that must survive; `quick` gives up within
+seconds, for questions asked before work starts.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import pyarrow.fs
+from botocore import exceptions as boto_errors
+
+from infra.errors import EnvironmentFailure, InputError
+
+Policy = Literal["patient", "quick"]
+
+_QUICK = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 2, "mode": "standard"}}
+_PATIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 5, "mode": "standard"}}
+
+
+@functools.cache
+def _filesystem(scheme: str, policy: Policy, process: int) -> Any:
+    """The fsspec file system of a scheme; one a process, because connections do not survive a fork."""
+    if scheme in ("s3", "s3a"):
+        import s3fs  # only a run on S3 pays for this import
+
+        quick = policy == "quick"
+        filesystem = s3fs.S3FileSystem(
+            config_kwargs=_QUICK if quick else _PATIENT, use_listings_cache=False, skip_instance_cache=True
+        )
+        filesystem.retries = 2 if quick else 5
+        return filesystem
+    try:
+        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"the scheme of {scheme}:// is not supported: {error}\nhint: a local folder, or s3://bucket/prefix"
+        ) from error
+
+
+@contextmanager
+def _explained(action: str, url: str) -> Iterator[None]:
+    """Turn what a disk or a store raises into two lines a user can act on."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if url.startswith("s3") and "bucket" in str(error).lower():
+            raise EnvironmentFailure(
+                f"cannot {action} {url}: the bucket does not exist\nhint: create it, or correct the root's name"
+            ) from error
+        raise
+    except PermissionError as error:
+        raise EnvironmentFailure(
+            f"cannot {action} {url}: permission denied ({error})\n"
+            "hint: check the folder's owner, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for an object store"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentFailure(
+                f"cannot {action} {url}: no space left on the device\n"
+                "hint: free some space or choose another --root; earlier artifacts are intact, the same command goes on"
+            ) from error
+        if error.errno in (errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EIO):
+            raise EnvironmentFailure(
+                f"cannot {action} {url}: {error}\nhint: choose a root that can be written"
+            ) from error
+        if url.startswith(("/", "file:")):
+            raise
+        raise EnvironmentFailure(_store_message(action, url, error)) from error
+    except (boto_errors.BotoCoreError, boto_errors.ClientError) as error:
+        raise EnvironmentFailure(_store_message(action, url, error)) from error
+
+
+def _store_message(action: str, url: str, error: Exception) -> str:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default AWS endpoint"
+    if isinstance(error, boto_errors.NoCredentialsError):
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+    else:
+        remedy = "check AWS_ENDPOINT_URL, the bucket's name and the keys"
+    reason = " ".join(str(error).split())
+    return f"cannot {action} {url} at {endpoint}: {reason}\nhint: {remedy}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder on a disk or an object store. `url` has no trailing slash; a local one is an absolute path."""
+
+    url: str
+    policy: Policy = "patient"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder lies on this machine's file system."""
+        return "://" not in self.url
+
+    @property
+    def path(self) -> Path:
+        """The local folder.
+
+        Raises:
+            InputError: the store is remote.
+        """
+        if not self.is_local:
+            raise InputError(f"{self.url} is not a local folder\nhint: give a path on this machine")
+        return Path(self.url)
+
+    @property
+    def _fs(self) -> Any:
+        scheme = "file" if self.is_local else self.url.split("://", 1)[0]
+        return _filesystem(scheme, self.policy, os.getpid())
+
+    def _key(self, name: str = "") -> str:
+        bare = self.url.split("://", 1)[-1]
+        return f"{bare}/{name}" if name else bare
+
+    def child(self, *parts: str) -> Store:
+        """The store of a sub-folder (which need not exist)."""
+        return Store("/".join([self.url, *(part.strip("/") for part in parts)]), self.policy)
+
+    def quick(self) -> Store:
+        """The same folder, asked with little patience."""
+        return Store(self.url, "quick")
+
+    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """A pyarrow file system and the folder's path in it, for Ray and parquet."""
+        if self.is_local:
+            return pyarrow.fs.LocalFileSystem(), self.url
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self._fs)), self._key()
+
+    # ---- whole files ----
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or a non-empty folder of this name is there."""
+        with _explained("read", f"{self.url}/{name}"):
+            return bool(self._fs.exists(self._key(name)))
+
+    def read_bytes(self, name: str) -> bytes:
+        """A file's content. FileNotFoundError when there is none."""
+        with _explained("read", f"{self.url}/{name}"):
+            return bytes(self._fs.cat_file(self._key(name)))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        with _explained("write", f"{self.url}/{name}"):
+            if not self.is_local:
+                self._fs.pipe_file(self._key(name), content)
+                return
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+            try:
+                with partial.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value."""
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file with sorted keys, whole or not at all."""
+        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+    def delete(self, name: str = "") -> None:
+        """Delete a file, or a folder with all it holds; nothing happens when there is none."""
+        with _explained("delete", f"{self.url}/{name}"):
+            if self.is_local:
+                target = self.path / name if name else self.path
+                if target.is_dir():
+                    shutil.rmtree(target, ignore_errors=False)
+                else:
+                    target.unlink(missing_ok=True)
+            elif self._fs.exists(self._key(name)):
+                self._fs.rm(self._key(name), recursive=True)
+
+    # ---- folders ----
+
+    def files(self) -> dict[str, int]:
+        """Sizes in bytes of all files below, by relative name, sorted; partial writes are not files."""
+        with _explained("list", self.url):
+            found = self._fs.find(self._key(), detail=True)
+        prefix = self._key().rstrip("/") + "/"
+        sizes = {key[len(prefix) :]: int(info["size"]) for key, info in found.items() if key.startswith(prefix)}
+        return {name: sizes[name] for name in sorted(sizes) if not name.endswith(".partial")}
+
+    def children(self) -> list[str]:
+        """Names of the files and folders directly below, sorted; empty when the folder does not exist."""
+        with _explained("list", self.url):
+            try:
+                found = self._fs.ls(self._key(), detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted({str(key).rstrip("/").rsplit("/", 1)[-1] for key in found} - {self.url.rsplit("/", 1)[-1], ""})
+
+    def upload(self, source: Path, name: str) -> None:
+        """Copy a local file here, whole or not at all."""
+        with _explained("write", f"{self.url}/{name}"):
+            if not self.is_local:
+                self._fs.put_file(str(source), self._key(name))
+                return
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+            try:
+                shutil.copyfile(source, partial)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def download(self, name: str, target: Path) -> Path:
+        """Copy a file to a local path (whole or absent) and return that path."""
+        with _explained("read", f"{self.url}/{name}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+            os.close(handle)
+            try:
+                self._fs.get_file(self._key(name), partial)
+                Path(partial).replace(target)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+        return target
+
+    def upload_folder(self, source: Path) -> None:
+        """Copy every file below a local folder here."""
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            self.upload(file, file.relative_to(source).as_posix())
+
+    def download_folder(self, target: Path) -> Path:
+        """Copy every file here to a local folder and return it; a local store is returned as it lies."""
+        if self.is_local:
+            return self.path
+        for name in self.files():
+            self.download(name, target / name)
+        return target
+
+    def sha256(self, name: str) -> str:
+        """Hexadecimal SHA-256 of a file, read in blocks."""
+        digest = hashlib.sha256()
+        with _explained("read", f"{self.url}/{name}"), self._fs.open(self._key(name), "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def check_writable(self) -> None:
+        """Write, read back and delete a small file, giving up within seconds.
+
+        Raises:
+            EnvironmentFailure: the store cannot be reached or written.
+        """
+        probe, content = f".probe-{uuid.uuid4().hex}", b"hvqd"
+        quick = self.quick()
+        with _explained("write", self.url):
+            quick.write_bytes(probe, content)
+            if quick.read_bytes(probe) != content:
+                raise EnvironmentFailure(f"{self.url} does not return what was written\nhint: check the store")
+            quick.delete(probe)
+
+
+def open_store(url: str) -> Store:
+    """The store at a path or URL; nothing is read or written.
+
+    Raises:
+        InputError: the URL's scheme is not supported.
+    """
+    if "://" not in url or url.startswith("file://"):
+        return Store(str(Path(url.removeprefix("file://")).expanduser().resolve()))
+    store = Store(url.rstrip("/"))
+    _ = store._fs
+    return store

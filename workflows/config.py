@@ -1,0 +1,236 @@
+"""The configuration of a run: typed, frozen, unknown keys refused, defaults only here.
+
+A run's settings come from, in rising order: the defaults below, a preset, a YAML file, `--set a.b=c`. The same dotted
+keys serve the command line, the search space and the search's `best.yaml`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from hvqd_model.config import PriorArchitecture, Settings, VQArchitecture, VQConfig
+
+Share = Field(ge=0, lt=1)
+
+
+class DataSettings(Settings):
+    """Where the pictures come from and what is made of them."""
+
+    source: str = "emoji"
+    """`emoji` (bundled), a folder of pictures (class = sub-folder), WebDataset tar shards, or parquet."""
+    image_size: tuple[int, int] = (32, 32)
+    """Height and width that every picture is resized to."""
+    resize: Literal["crop", "pad", "stretch"] = "crop"
+    """Keep the middle, keep everything on a background, or ignore the aspect ratio."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB behind transparent pixels and padding."""
+    min_side: int = Field(8, ge=1)
+    """Pictures with a shorter side, in pixels, are rejected."""
+    max_pixels: int = Field(50_000_000, ge=1)
+    """Pictures with more pixels are rejected before they are decoded."""
+    max_rejected_share: float = Field(0.1, ge=0, le=1)
+    """The job fails when a larger share of the pictures is rejected."""
+    small_classes: Literal["refuse", "drop", "keep"] = "refuse"
+    """What to do with a class of a single picture."""
+    validation_share: float = Field(0.06, gt=0, lt=1)
+    """Share of the groups held out for early stopping and search."""
+    test_share: float = Field(0.05, gt=0, lt=1)
+    """Share of the groups held out for evaluation and gates."""
+    image_column: str = "image"
+    """Parquet: column with the encoded pictures."""
+    class_column: str | None = None
+    """Parquet: column with the class names."""
+    group_column: str | None = None
+    """Parquet: column that keeps related pictures in one split; without it every picture is its own group."""
+    shard_rows: int = Field(2048, ge=1)
+    """Pictures in a shard, on average."""
+
+
+class TrainSettings(Settings):
+    """One stage's optimisation. Progress is counted in images, so that the result does not depend on the machine."""
+
+    images: int = Field(60_000, ge=1)
+    """Training budget."""
+    global_batch: int = Field(32, ge=1)
+    """Images an optimizer step, over all workers."""
+    micro_batch: int = Field(16, ge=1)
+    """Images a worker computes at once; the rest of the global batch is accumulated."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_images: int = Field(1_000, ge=0)
+    """Images over which the learning rate rises linearly."""
+    decay_start: float = Field(0.3, ge=0, le=1)
+    """Share of the budget after which a cosine takes the learning rate down."""
+    final_learning_rate_share: float = Field(0.02, ge=0, le=1)
+    """Where the cosine ends, relative to the peak."""
+    gradient_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    ema_half_life_images: int = Field(0, ge=0)
+    """Half-life of the weights' moving average, which is what gets exported; 0 exports the weights themselves."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards: nothing, optimizer state, also gradients, also parameters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in the host's memory."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic; auto is bf16 where the processor has matrix units for it."""
+    log_every_images: int = Field(1_600, ge=1)
+    """Interval of logged metrics."""
+    evaluate_every_images: int = Field(16_000, ge=1)
+    """Interval of validation."""
+    checkpoint_every_images: int = Field(16_000, ge=1)
+    """Interval of checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay."""
+
+
+class VQTrainSettings(TrainSettings):
+    """The tokenizer's optimisation."""
+
+    codebook_start: float = Field(0.04, ge=0, lt=1)
+    """Share of the budget after which the codebooks start from k-means; before it the model is a plain auto-encoder."""
+
+
+class VQStage(Settings):
+    """Stage 1: pictures <-> codes."""
+
+    model: VQArchitecture = VQArchitecture()
+    """The tokenizer."""
+    train: VQTrainSettings = VQTrainSettings()
+    """Its optimisation."""
+
+
+class PriorStage(Settings):
+    """Stage 2: codes <- noise."""
+
+    model: PriorArchitecture = PriorArchitecture()
+    """The prior."""
+    train: TrainSettings = TrainSettings(learning_rate=3e-3, betas=(0.9, 0.98), ema_half_life_images=4_000)
+    """Its optimisation."""
+
+
+class ComputeSettings(Settings):
+    """The machines."""
+
+    workers: int = Field(1, ge=1)
+    """Training processes; one a GPU where there are GPUs."""
+    threads_per_worker: int = Field(1, ge=1)
+    """CPU threads of a training process."""
+    gpus_per_worker: int = Field(0, ge=0, le=1)
+    """1 trains on GPUs with NCCL, 0 on CPUs with gloo."""
+    address: str | None = None
+    """An existing Ray cluster (`auto`, host:port, ray://…); without it a local one is started and stopped."""
+    max_failures: int = Field(3, ge=-1)
+    """Restarts after a lost worker before the job gives up; -1 never gives up."""
+
+
+class SamplingSettings(Settings):
+    """How pictures are drawn unless a command says otherwise."""
+
+    sampler: Literal["confidence", "ancestral", "purity"] = "confidence"
+    """The reverse process."""
+    steps: int = Field(16, ge=1)
+    """Network evaluations (twice with guidance)."""
+    guidance: float = Field(3.0, ge=0)
+    """Classifier-free guidance; 1 is none."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the drawn codes."""
+    batch: int = Field(100, ge=1)
+    """Pictures the network draws at once; padded, so results do not depend on how many are asked for."""
+
+
+class EvaluationSettings(Settings):
+    """How a pipeline is judged; part of the protocol that travels with its figures."""
+
+    samples: int = Field(2_000, ge=2)
+    """Pictures drawn from the prior."""
+    baseline_samples: int = Field(500, ge=2)
+    """Pictures drawn from the untrained prior."""
+    feature_size: int = Field(64, ge=32)
+    """Side in pixels that pictures are resized to for the feature network."""
+    resamples: int = Field(500, ge=10)
+    """Bootstrap resamples (over concepts) of the intervals."""
+    seed: int = 1234
+    """Seed of samples and resamples."""
+
+
+class GateSettings(Settings):
+    """What a version must show before it becomes champion; null leaves a gate out."""
+
+    min_psnr: float | None = 20.0
+    """Test PSNR in dB."""
+    min_codebook_usage: float | None = 0.5
+    """Smallest usage of a level's codebook."""
+    max_kid_to_untrained: float | None = 0.6
+    """KID of the samples over KID of an untrained prior's."""
+    max_kid_to_marginals: float | None = 0.8
+    """KID of the samples over KID of codes drawn from their positions' marginals."""
+    min_class_accuracy_to_chance: float | None = 2.0
+    """Accuracy of the asked class over chance; not judged for an unconditional model."""
+    max_kid_regression: float | None = 0.1
+    """How much larger, relatively, the KID may be than the champion's."""
+
+
+class TrackingSettings(Settings):
+    """Where runs and versions are recorded."""
+
+    uri: str | None = None
+    """MLflow tracking server; without it an sqlite store under a local root, or in a local `.hvqd/` for a remote one."""
+    experiment: str = Field("hvqd", min_length=1)
+    """MLflow experiment."""
+    model_name: str = Field("hvqd", min_length=1)
+    """Registered model."""
+
+
+class RunConfig(Settings):
+    """Everything one pipeline needs."""
+
+    root: str = "runs/hvqd"
+    """Folder or fsspec URL (s3://bucket/prefix) that holds the run's artifacts."""
+    seed: int = 0
+    """Seed of initial weights, data order and every draw in training."""
+    data: DataSettings = DataSettings()
+    """The pictures."""
+    vq: VQStage = VQStage()
+    """Stage 1."""
+    prior: PriorStage = PriorStage()
+    """Stage 2."""
+    compute: ComputeSettings = ComputeSettings()
+    """The machines."""
+    sampling: SamplingSettings = SamplingSettings()
+    """How pictures are drawn."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """How the result is judged."""
+    gates: GateSettings = GateSettings()
+    """What a champion must show."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Where it is recorded."""
+
+    @property
+    def vq_config(self) -> VQConfig:
+        """The tokenizer's complete configuration."""
+        return VQConfig(**self.vq.model.model_dump(), image_size=self.data.image_size)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _ = self.vq_config  # levels must divide the image size
+        for name, train in (("vq", self.vq.train), ("prior", self.prior.train)):
+            unit = train.micro_batch * self.compute.workers
+            if train.global_batch % unit:
+                nearest = max(unit, round(train.global_batch / unit) * unit)
+                raise ValueError(
+                    f"{name}.train.global_batch must be a multiple of micro_batch x workers "
+                    f"({train.micro_batch} x {self.compute.workers}): {train.global_batch}\n"
+                    f"hint: the nearest is {name}.train.global_batch={nearest}"
+                )
+        if self.data.validation_share + self.data.test_share >= 1:
+            raise ValueError(
+                "data.validation_share + data.test_share must leave something to train on: "
+                f"{self.data.validation_share} + {self.data.test_share}\nhint: 0.06 and 0.05 are the defaults"
+            )
+        return self
