@@ -29,7 +29,7 @@ class VQArchitecture(Settings):
     code_dim: int = Field(64, ge=1)
     """Dimensions of a code vector."""
     hierarchy: Literal["features", "residual", "nested"] = "features"
-    """How a finer level follows the coarser: VQ-VAE-2 features, residual over scales (VAR), or coarse codes nested in fine ones."""
+    """How levels depend on each other: VQ-VAE-2 features, residual over scales (VAR), coarse codes nested in fine."""
     quantizer: Literal["ema", "gradient", "simvq", "fsq"] = "ema"
     """How a codebook learns."""
     estimator: Literal["straight-through", "rotation"] = "straight-through"
@@ -65,18 +65,25 @@ class VQArchitecture(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not 1 <= len(self.strides) <= 5:
-            raise ValueError(f"strides must name 1 to 5 levels: {list(self.strides)}\nhint: strides=[8,4] gives two levels")
+            raise ValueError(
+                f"strides must name 1 to 5 levels: {list(self.strides)}\nhint: strides=[8,4] gives two levels"
+            )
         if len(self.codebook_sizes) != len(self.strides):
             raise ValueError(
                 f"codebook_sizes must have one entry a level ({len(self.strides)}): {list(self.codebook_sizes)}\n"
                 f"hint: codebook_sizes={[self.codebook_sizes[0] if self.codebook_sizes else 1024] * len(self.strides)}"
             )
         if any(size < 2 for size in self.codebook_sizes):
-            raise ValueError(f"codebook_sizes must be at least 2 each: {list(self.codebook_sizes)}\nhint: 1024 is a good start")
+            raise ValueError(
+                f"codebook_sizes must be at least 2 each: {list(self.codebook_sizes)}\nhint: 1024 is a good start"
+            )
         if any(stride < 1 or stride & (stride - 1) for stride in self.strides):
             raise ValueError(f"strides must be powers of two: {list(self.strides)}\nhint: for example strides=[8,4]")
         if any(coarse <= fine for coarse, fine in zip(self.strides, self.strides[1:], strict=False)):
-            raise ValueError(f"strides must fall from level to level, coarse first: {list(self.strides)}\nhint: for example strides=[8,4]")
+            raise ValueError(
+                f"strides must fall from level to level, coarse first: {list(self.strides)}\n"
+                "hint: for example strides=[8,4]"
+            )
         return self
 
 
@@ -121,13 +128,15 @@ class PriorArchitecture(Settings):
     stagger: float = Field(0.0, ge=0, le=1)
     """0 denoises all levels together, 1 coarse before fine, between them they overlap."""
     context_corruption: float = Field(0.0, ge=0, lt=1)
-    """Training replaces up to this fraction of clean coarse codes, so that samples' errors do not surprise the finer levels."""
+    """Training replaces up to this fraction of clean coarse codes, against surprises when sampling."""
     loss: Literal["simplified", "kl"] = "simplified"
     """The absorbing bound's cross-entropy on masked codes, or the KL of posteriors plus auxiliary cross-entropy."""
     time_weight_power: float = Field(-0.3, ge=-1, le=0)
     """Training weight t^power of the simplified loss; -1 is the true bound, which evaluation always reports."""
     auxiliary_weight: float = Field(0.001, ge=0)
     """Weight of the cross-entropy on clean codes beside the KL."""
+    diffusion_steps: int = Field(100, ge=1)
+    """Steps of the chain whose bound loss=kl is; sampling may use fewer."""
     width: int = Field(128, ge=16)
     """Channels of the transformer."""
     depth: int = Field(6, ge=1)
@@ -149,7 +158,9 @@ class PriorArchitecture(Settings):
                 f"hint: width={max(1, round(self.width / (4 * self.heads))) * 4 * self.heads}"
             )
         if self.loss == "simplified" and self.noise != "absorbing":
-            raise ValueError("loss=simplified is the bound of absorbing noise only\nhint: set noise=absorbing, or loss=kl")
+            raise ValueError(
+                "loss=simplified is the bound of absorbing noise only\nhint: set noise=absorbing, or loss=kl"
+            )
         return self
 
 

@@ -1,8 +1,8 @@
 """Random numbers that depend on an item's key alone, never on its place in a batch or on the number of workers.
 
 A counter-based generator: every number is a hash of (key, stream, counter), after the finalizer of SplitMix64 (Steele,
-Lea and Flood 2014, Fig. 16 with Stafford's mix 13). Torch's own generators hand out numbers in call order, so a picture's
-noise would change with its neighbours; here it cannot.
+Lea and Flood 2014, Fig. 16 with Stafford's mix 13). Torch's own generators hand out numbers in call order, so the noise
+of a picture would change with its neighbours; here it cannot.
 
 Axes: B keyed items.
 """

@@ -180,7 +180,7 @@ class TrackingSettings(Settings):
     """Where runs and versions are recorded."""
 
     uri: str | None = None
-    """MLflow tracking server; without it an sqlite store under a local root, or in a local `.hvqd/` for a remote one."""
+    """MLflow tracking server; null: an sqlite store under a local root, or in a local `.hvqd/` for a remote one."""
     experiment: str = Field("hvqd", min_length=1)
     """MLflow experiment."""
     model_name: str = Field("hvqd", min_length=1)

@@ -1,0 +1,30 @@
+# The two commands: `make run` trains, evaluates and promotes the tiny model; `make test` passes the tests.
+# TORCH_SPEC names another build of torch (see scripts/install.sh); ARGS goes to `hvqd run`.
+
+PYTHON_BIN := .venv/bin/python
+PYTEST := $(PYTHON_BIN) -m pytest
+
+.PHONY: run test test-unit test-long check install install-dev
+
+run: install
+	.venv/bin/hvqd run --preset tiny $(ARGS)
+
+test: install-dev
+	$(PYTEST) tests/unit tests/multiprocess tests/integration tests/end_to_end
+
+test-unit: install-dev
+	$(PYTEST) tests/unit
+
+test-long: install-dev
+	$(PYTEST) tests -m long
+
+check: install-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+install:
+	@scripts/install.sh
+
+install-dev:
+	@scripts/install.sh dev
