@@ -20,6 +20,8 @@ class DataSettings(Settings):
 
     source: str = "emoji"
     """`emoji` (bundled), a folder of pictures (class = sub-folder), WebDataset tar shards, or parquet."""
+    limit: int | None = Field(None, ge=2)
+    """Take only this many pictures, chosen by a hash of their names; null takes all."""
     image_size: tuple[int, int] = (32, 32)
     """Height and width that every picture is resized to."""
     resize: Literal["crop", "pad", "stretch"] = "crop"

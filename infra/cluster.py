@@ -1,0 +1,104 @@
+"""The Ray cluster a job runs on: an existing one, or a local one that lives as long as the job.
+
+A local cluster is always a new one: a bare `ray.init` would attach to any cluster it finds on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+
+from infra.errors import EnvironmentFailure, InputError
+from infra.quiet import switch_off_telemetry
+
+_ANSWER_SECONDS = 10.0
+_OBJECT_STORE_BYTES = 1 << 30
+
+
+def connect(address: str | None, cpus: int) -> None:
+    """Attach to the cluster at `address`, or start a local one; nothing happens when this process has one.
+
+    Args:
+        address: host:port, ray://host:port, `auto`, or None for a local cluster.
+        cpus: how many CPUs the job's workers ask for. A local cluster offers at least that many, whatever the
+            machine has, so that two workers also run on one core.
+
+    Raises:
+        EnvironmentFailure: no cluster answers at the address.
+        InputError: the cluster has fewer CPUs than the job asks for.
+    """
+    switch_off_telemetry()
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address is None:
+        # Workers of a local cluster inherit this process's environment, credentials included.
+        os.environ.pop("RAY_ADDRESS", None)
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level="warning",
+        )
+        return
+    if address != "auto":
+        _check_answers(address)
+    _within(_ANSWER_SECONDS, lambda: ray.init(address=address, log_to_driver=False, logging_level="warning"), address)
+    offered = int(ray.cluster_resources().get("CPU", 0))
+    if offered < cpus:
+        ray.shutdown()
+        raise InputError(
+            f"the cluster at {address} has {offered} CPUs, the job's workers ask for {cpus}\n"
+            f"hint: compute.workers x compute.threads_per_worker must be at most {offered}"
+        )
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one stops."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(
+            f"compute.address must be auto, host:port or ray://host:port: {address}\nhint: for example 10.0.0.1:6379"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS / 2).close()
+    except OSError as error:
+        raise _no_answer(address, str(error)) from error
+
+
+def _within(seconds: float, call: Callable[[], object], address: str) -> None:
+    """Run a call that may hang, and give up on it."""
+    failures: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            call()
+        except Exception as error:  # handed to the caller below
+            failures.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise _no_answer(address, f"no answer within {seconds:.0f} s")
+    if failures:
+        raise _no_answer(address, str(failures[0])) from failures[0]
+
+
+def _no_answer(address: str, reason: str) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"no Ray cluster answers at {address}: {' '.join(reason.split())}\n"
+        "hint: check compute.address, or leave it out to start a local cluster"
+    )

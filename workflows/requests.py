@@ -1,0 +1,51 @@
+"""What each step's result depends on: the settings and parents that make a finished artifact current or stale.
+
+Workers, threads, the root and tracking never enter: they change how a step is done, not what it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workflows.artifacts import Manifest, request_digest
+from workflows.config import RunConfig
+
+PARENTS: dict[str, tuple[str, ...]] = {
+    "dataset": (),
+    "vq": ("dataset",),
+    "codes": ("dataset", "vq"),
+    "prior": ("codes",),
+    "evaluation": ("dataset", "vq", "codes", "prior"),
+    "registration": ("dataset", "vq", "codes", "prior", "evaluation"),
+}
+"""The artifacts each artifact is made from, in the order of the path."""
+
+
+def _settings(kind: str, config: RunConfig) -> dict[str, Any]:
+    match kind:
+        case "dataset":
+            return {"data": config.data.model_dump(mode="json"), "seed": config.seed}
+        case "vq":
+            return {"vq": config.vq.model_dump(mode="json"), "seed": config.seed}
+        case "codes":
+            return {}
+        case "prior":
+            return {"prior": config.prior.model_dump(mode="json"), "seed": config.seed}
+        case "evaluation":
+            return {
+                "evaluation": config.evaluation.model_dump(mode="json"),
+                "sampling": config.sampling.model_dump(mode="json"),
+            }
+        case "registration":
+            return {"model_name": config.tracking.model_name}
+    raise ValueError(f"no such artifact: {kind}")
+
+
+def request_of(kind: str, config: RunConfig, parents: dict[str, Manifest]) -> str:
+    """The digest a manifest of this kind must carry to be current.
+
+    Args:
+        kind: a key of PARENTS.
+        parents: the manifests of its parents, by kind.
+    """
+    return request_digest(kind, _settings(kind, config), {name: parents[name].digest for name in PARENTS[kind]})
