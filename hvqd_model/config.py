@@ -30,7 +30,7 @@ class VQArchitecture(Settings):
     """Dimensions of a code vector."""
     hierarchy: Literal["features", "residual", "nested"] = "features"
     """How levels depend on each other: VQ-VAE-2 features, residual over scales (VAR), coarse codes nested in fine."""
-    quantizer: Literal["ema", "gradient", "simvq", "fsq"] = "ema"
+    quantizer: Literal["ema", "gradient", "simvq"] = "ema"
     """How a codebook learns."""
     estimator: Literal["straight-through", "rotation"] = "straight-through"
     """The gradient through the quantizer."""

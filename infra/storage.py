@@ -174,6 +174,12 @@ class Store:
             finally:
                 partial.unlink(missing_ok=True)
 
+    @contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """A file to read from, seekable, as a context manager; only what is asked for is transferred."""
+        with _explained("read", f"{self.url}/{name}"), self._fs.open(self._key(name), "rb") as file:
+            yield file
+
     def read_json(self, name: str) -> Any:
         """A JSON file's value."""
         return json.loads(self.read_bytes(name))

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from infra.errors import InputError
@@ -35,6 +36,12 @@ class FileEntry:
 
     bytes: int
     sha256: str
+
+
+def file_entry(path: Path) -> FileEntry:
+    """The entry of a local file."""
+    with path.open("rb") as file:
+        return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,322 @@
+"""The hierarchical tokenizer: pictures to several levels of codes and back.
+
+Three ways for levels to depend on each other, one decoder for all:
+
+features  top-down: the finer level quantizes its features together with what the coarser levels decode to (VQ-VAE-2,
+          arXiv:1906.00446).
+residual  one latent at the finest grid; each level quantizes what the coarser levels left over, pooled to its grid
+(VAR,
+          arXiv:2404.02905, without its shared codebook).
+nested    the finest level quantizes its own features; each coarser level is computed from the quantized finer one, so
+          its codes are a function of the finer codes.
+
+Level dropout (training only) shows some pictures to the decoder without their finer levels, so that coarse codes mean
+something by themselves and every prefix decodes.
+
+Axes: B pictures, L levels (coarse first) of h x w = N codes, K codes a level, D dimensions of a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvqd_model.codec.decoder import Decoder
+from hvqd_model.codec.encoder import Encoder, stage_channels, stage_strides
+from hvqd_model.codec.losses import pixel_loss, ssim
+from hvqd_model.codec.quantizer import CodebookStatistics, Quantized, Quantizer, make_quantizer
+from hvqd_model.config import VQConfig
+from hvqd_model.randomness import derive_key, split_keys, uniform
+
+LevelCodes = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class VQOutput:
+    """What a training step returns."""
+
+    reconstruction: Tensor
+    """(B, 3, H, W) float32."""
+    codes: tuple[Tensor, ...]
+    """(B, h, w) int64 of each level."""
+    vectors: tuple[Tensor, ...]
+    """(B N, D) float32 of each level before quantization, detached: what k-means starts from."""
+    loss: Tensor
+    """Scalar."""
+    metrics: dict[str, Tensor]
+    """Detached scalars: pixel (reconstruction loss of pictures with all levels), alignment_0 …"""
+    statistics: tuple[CodebookStatistics, ...]
+    """Of each level, for `update` after merging."""
+
+
+class HierarchicalVQ(nn.Module):
+    """Encoder, quantizers and decoder."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = dict(zip(stage_strides(config), stage_channels(config), strict=True))
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        dim = config.code_dim
+        widths = [channels[stride] for stride in config.strides]
+        match config.hierarchy:
+            case "features":
+                inputs = [widths[0], *(2 * width for width in widths[1:])]
+            case "nested":
+                inputs = [dim] * (config.levels - 1) + [widths[-1]]
+            case "residual":
+                inputs = [dim] * (config.levels - 1) + [widths[-1]]
+        self.projections = nn.ModuleList(self._projection(level, count, dim) for level, count in enumerate(inputs))
+        self.quantizers = nn.ModuleList(
+            make_quantizer(
+                config.quantizer,
+                codes,
+                dim,
+                commitment=config.commitment,
+                estimator=config.estimator,
+                normalize=config.l2_normalize,
+                decay=config.codebook_decay,
+                restart_threshold=config.restart_threshold,
+            )
+            for codes in config.codebook_sizes
+        )
+
+    def _projection(self, level: int, channels: int, dim: int) -> nn.Module:
+        """From a level's input to its vectors before quantization."""
+        config = self.config
+        if config.hierarchy == "nested" and level < config.levels - 1:
+            # From the quantized finer grid down to this one.
+            halvings = (config.strides[level] // config.strides[level + 1]).bit_length() - 1
+            width = max(stage_channels(config))
+            steps: list[nn.Module] = []
+            for step in range(halvings):
+                steps += [nn.Conv2d(channels if step == 0 else width, width, 4, stride=2, padding=1), nn.SiLU()]
+            return nn.Sequential(*steps, nn.Conv2d(width, dim, 3, padding=1))
+        if config.hierarchy == "residual" and level < config.levels - 1:
+            return nn.Identity()
+        return nn.Conv2d(channels, dim, 1)
+
+    # ---- training ----
+
+    def forward(self, images: Tensor, keys: Tensor) -> VQOutput:
+        """The training objective; pure, see `update`.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            keys: (B,) int64; level dropout and restart candidates follow from a picture's key.
+
+        Raises:
+            ValueError: pictures of another size.
+        """
+        self._check_images(images)
+        quantized, x = self._walk(images, keys, self._kept_levels(keys))
+        reconstruction = self.decoder.finish(x)
+        error = pixel_loss(reconstruction, images, self.config.pixel_loss)
+        if self.config.ssim_weight:
+            error = error + self.config.ssim_weight * (1 - ssim(reconstruction, images, data_range=2.0))
+        alignment = torch.stack([level.loss for level in quantized])
+        metrics = {"pixel": error.detach().mean()}
+        metrics |= {f"alignment_{index}": level.loss.detach() for index, level in enumerate(quantized)}
+        return VQOutput(
+            reconstruction=reconstruction,
+            codes=self._grids([level.indices for level in quantized]),
+            vectors=tuple(level.vectors for level in quantized),
+            loss=error.mean() + alignment.sum(),
+            metrics=metrics,
+            statistics=tuple(level.statistics for level in quantized),
+        )
+
+    def _kept_levels(self, keys: Tensor) -> Tensor | None:
+        """(B,) how many levels each picture's decoder sees, 1 to L; None for all."""
+        levels, dropout = self.config.levels, self.config.level_dropout
+        if not self.training or dropout == 0 or levels == 1:
+            return None
+        draws = uniform(keys, (2,), "level dropout")
+        prefix = 1 + (draws[:, 1] * (levels - 1)).long().clamp_max(levels - 2)
+        return torch.where(draws[:, 0] < dropout, prefix, levels)
+
+    def _walk(
+        self, images: Tensor, keys: Tensor, kept: Tensor | None, *, decode: bool = True
+    ) -> tuple[list[Quantized], Tensor]:
+        """Quantize every level and decode, in the order that the hierarchy needs.
+
+        Args:
+            kept: (B,) how many levels the decoder sees; None for all.
+            decode: whether the decoder's finest features, the second result, are wanted.
+        """
+        features = self.encoder(images)
+        if self.config.hierarchy == "features":
+            quantized: list[Quantized] = []
+
+            def top_down(level: int, x: Tensor) -> Tensor:
+                source = features[level] if level == 0 else torch.cat([features[level], x], 1)
+                quantized.append(self._quantize(level, self.projections[level](source), keys))
+                return self._to_grid(quantized[level].values, level)
+
+            x = self._decode_levels(len(images), self.config.levels, top_down, kept, finish=decode)
+            return quantized, x
+        quantized = (
+            self._nested(features, keys) if self.config.hierarchy == "nested" else self._residual(features, keys)
+        )
+        if not decode:
+            return quantized, images
+        grids = [self._to_grid(level.values, index) for index, level in enumerate(quantized)]
+        return quantized, self._decode_levels(len(images), self.config.levels, lambda level, _: grids[level], kept)
+
+    def _nested(self, features: list[Tensor], keys: Tensor) -> list[Quantized]:
+        finest = self.config.levels - 1
+        found = [self._quantize(finest, self.projections[finest](features[-1]), keys)]
+        for level in range(finest - 1, -1, -1):
+            finer = self._to_grid(found[0].values, level + 1).to(features[0].dtype)
+            found.insert(0, self._quantize(level, self.projections[level](finer), keys))
+        return found
+
+    def _residual(self, features: list[Tensor], keys: Tensor) -> list[Quantized]:
+        finest = self.config.levels - 1
+        rest = self.projections[finest](features[-1]).float()
+        found = []
+        for level, grid in enumerate(self.config.grids):
+            found.append(self._quantize(level, F.adaptive_avg_pool2d(rest, grid), keys))
+            values = self._to_grid(found[level].values, level)
+            rest = rest - F.interpolate(values, size=self.config.grids[finest], mode="nearest")
+        return found
+
+    def _quantize(self, level: int, z: Tensor, keys: Tensor) -> Quantized:
+        """Quantize (B, D, h, w) features."""
+        count = z.shape[2] * z.shape[3]
+        places = torch.arange(count, dtype=torch.int64, device=z.device).repeat(len(z))
+        level_keys = split_keys(keys, f"candidates {level}").repeat_interleave(count)
+        quantizer = self._quantizer(level)
+        quantized: Quantized = quantizer(z.permute(0, 2, 3, 1).flatten(0, 2), split_keys(level_keys, places))
+        return quantized
+
+    def _decode_levels(
+        self, pictures: int, levels: int, codes: LevelCodes, kept: Tensor | None = None, *, finish: bool = True
+    ) -> Tensor:
+        """The decoder's features at the finest stage, with `codes(level, features before)` for the first `levels`.
+
+        Without `finish` the walk ends when the last codes are known.
+        """
+        x = self.decoder.start(pictures, self.config.grids[0])
+        for level in range(self.config.levels):
+            x = self.decoder.approach(x, level)
+            given = codes(level, x) if level < levels else None
+            if not finish and level == self.config.levels - 1:
+                return x
+            present = None if kept is None or level == 0 else kept > level
+            x = self.decoder.join(x, given, present, level)
+        return self.decoder.approach(x, self.config.levels)
+
+    # ---- codebooks ----
+
+    @property
+    def codebooks(self) -> tuple[Tensor, ...]:
+        """(K, D) float32 of each level."""
+        return tuple(self._quantizer(level).codebook.detach() for level in range(self.config.levels))
+
+    @property
+    def start_order(self) -> list[int]:
+        """The levels in the order in which their codebooks start: each depends on the ones before it."""
+        order = list(range(self.config.levels))
+        return order[::-1] if self.config.hierarchy == "nested" else order
+
+    def start_codebook(self, level: int, vectors: Tensor, key: int) -> None:
+        """Begin quantizing a level, with a codebook fitted to (N, D) vectors; deterministic in the key."""
+        self._quantizer(level).start(vectors, key)
+
+    def started(self, level: int) -> bool:
+        """Whether a level quantizes; until then its features pass through."""
+        return bool(self._quantizer(level).started)
+
+    @torch.no_grad()
+    def update(self, statistics: Sequence[CodebookStatistics], key: int) -> dict[str, Tensor]:
+        """Move the codebooks, once an optimizer step, by statistics merged over micro-batches and ranks.
+
+        Returns:
+            Scalars by level: perplexity_0 and usage_0 of this step's codes, restarts_0.
+        """
+        metrics: dict[str, Tensor] = {}
+        for level, found in enumerate(statistics):
+            restarts = self._quantizer(level).update(found, derive_key(key, level))
+            share = found.counts / found.counts.sum().clamp_min(1)
+            metrics[f"perplexity_{level}"] = torch.exp(-torch.xlogy(share, share).sum())
+            metrics[f"restarts_{level}"] = restarts
+        return metrics
+
+    # ---- use ----
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, h, w) int64 codes of each level, coarse first, from (B, 3, H, W) pictures in [-1, 1].
+
+        Raises:
+            ValueError: pictures of another size, or a tokenizer whose codebooks have not started.
+        """
+        self._check_images(images)
+        for level in range(self.config.levels):
+            if not self.started(level):
+                raise ValueError(f"level {level} has no codebook yet\nhint: train the tokenizer further")
+        keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        quantized, _ = self._walk(images, keys, None, decode=False)
+        return self._grids([level.indices for level in quantized])
+
+    @torch.no_grad()
+    def decode(self, codes: Sequence[Tensor]) -> Tensor:
+        """(B, 3, H, W) float32 pictures in [-1, 1], from (B, h, w) codes of any prefix of the levels.
+
+        Raises:
+            ValueError: codes that are not this tokenizer's.
+        """
+        self._check_codes(codes)
+
+        def vectors(level: int, _: Tensor) -> Tensor:
+            return self._to_grid(self._quantizer(level).lookup(codes[level].flatten()), level)
+
+        x = self._decode_levels(len(codes[0]), len(codes), vectors)
+        return self.decoder.finish(x).clamp(-1, 1)
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (3, *self.config.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images must be (B, {', '.join(map(str, expected))}): {tuple(images.shape)}\n"
+                f"hint: resize the pictures to {self.config.image_size[0]} x {self.config.image_size[1]}"
+            )
+
+    def _check_codes(self, codes: Sequence[Tensor]) -> None:
+        if not 1 <= len(codes) <= self.config.levels:
+            raise ValueError(
+                f"codes must have 1 to {self.config.levels} levels, coarse first: {len(codes)}\n"
+                "hint: pass what encode returns, or its first levels"
+            )
+        for level, found in enumerate(codes):
+            shape = (len(codes[0]), *self.config.grids[level])
+            size = self.config.codebook_sizes[level]
+            if tuple(found.shape) != shape or found.dtype != torch.int64:
+                raise ValueError(
+                    f"codes of level {level} must be int64 of shape {shape}: {found.dtype} {tuple(found.shape)}\n"
+                    "hint: pass what encode returns, or its first levels"
+                )
+            if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < size:
+                raise ValueError(
+                    f"codes of level {level} must be in 0..{size - 1}: {int(found.min())}..{int(found.max())}\n"
+                    "hint: a prior's mask is no code; sample until every code is settled"
+                )
+
+    def _quantizer(self, level: int) -> Quantizer:
+        quantizer = self.quantizers[level]
+        assert isinstance(quantizer, Quantizer)
+        return quantizer
+
+    def _to_grid(self, values: Tensor, level: int) -> Tensor:
+        """(B, D, h, w) from (B N, D)."""
+        rows, columns = self.config.grids[level]
+        return values.view(-1, rows, columns, values.shape[1]).permute(0, 3, 1, 2)
+
+    def _grids(self, indices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(found.view(-1, *grid) for found, grid in zip(indices, self.config.grids, strict=True))

@@ -1,0 +1,245 @@
+"""The denoiser: a transformer over the tokens of all levels at once.
+
+Adaptive norms that start as the identity (adaLN-zero, arXiv:2212.09748). A token enters as a learned vector of its
+index plus a projection of its frozen codebook vector.
+
+Levels that are still pure noise are left out. Images with different numbers of levels run in one pass: their tokens are
+packed for the linear layers, so that each parameter is used once whatever the batch holds (ZeRO-3 relies on it), and
+attend image by image.
+
+Axes: B images, N tokens of a level, D channels, H heads, K codes; index K is the mask. A bucket is the images with the
+same number of levels present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hvqd_model.config import PriorConfig
+from hvqd_model.prior.attention import attend, normalize_and_turn, rotary_angles
+from hvqd_model.prior.conditioning import Conditioning
+
+
+class FrozenBuffers(nn.Module):
+    """A module whose floating-point buffers stay float32 when its weights are cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBuffers:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class TokenEmbedding(FrozenBuffers):
+    """Codes of one level as vectors: a learned one of the index, and a projection of the frozen code vector."""
+
+    codebook: Tensor
+
+    def __init__(self, codebook: Tensor, width: int) -> None:
+        super().__init__()
+        num_codes, code_dim = codebook.shape
+        self.index = nn.Embedding(num_codes + 1, width)  # the last row: the mask
+        self.project = nn.Linear(code_dim, width, bias=False)
+        self.level = nn.Parameter(torch.zeros(width))
+        self.register_buffer("codebook", codebook.float().clone())
+        nn.init.normal_(self.index.weight, std=0.02)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(B, N, D) from (B, N) codes in [0, K]."""
+        num_codes = self.codebook.shape[0]
+        # The scale of a codebook is its tokenizer's business; a mask has no code vector.
+        scale = torch.rsqrt(self.codebook.square().mean() + 1e-12)
+        vectors = F.embedding(codes.clamp_max(num_codes - 1), self.codebook) * scale
+        vectors = vectors * (codes < num_codes)[..., None]
+        embedded: Tensor = self.index(codes) + self.project(vectors.to(self.project.weight.dtype)) + self.level
+        return embedded
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Images of the batch that have the same levels present."""
+
+    images: slice
+    """Their places in the batch, sorted by the number of levels present."""
+    rotation: Tensor
+    """(tokens, 1, 1, head_width / 2) complex rotations of their tokens."""
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with an adaptive norm and a gate that starts closed."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.temperature = nn.Parameter(torch.full((heads, 1), (width // heads) ** 0.5))
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_in = nn.Linear(width, hidden, bias=False)
+        self.mlp_out = nn.Linear(hidden, width, bias=False)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, tokens: list[Tensor], condition: Tensor, buckets: list[_Bucket]) -> list[Tensor]:
+        """Each bucket's (b, N, D) tokens, given the (B, D) condition."""
+        parts = self.modulation(condition)[:, None].chunk(6, -1)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
+        normed = [_modulate(x, shift_1, scale_1, bucket) for x, bucket in zip(tokens, buckets, strict=True)]
+        mixed = _packed(self.attention_out, self._attention(normed, buckets))
+        tokens = [torch.addcmul(x, gate_1[b.images], y) for x, y, b in zip(tokens, mixed, buckets, strict=True)]
+        normed = [_modulate(x, shift_2, scale_2, bucket) for x, bucket in zip(tokens, buckets, strict=True)]
+        mixed = _packed(self._mlp, normed)
+        return [torch.addcmul(x, gate_2[b.images], y) for x, y, b in zip(tokens, mixed, buckets, strict=True)]
+
+    def _attention(self, normed: list[Tensor], buckets: list[_Bucket]) -> list[Tensor]:
+        mixed = []
+        for x, bucket in zip(_packed(self.query_key_value, normed), buckets, strict=True):
+            images, count, width = x.shape[0], x.shape[1], x.shape[2] // 3
+            query_key = x[..., : 2 * width].view(images, count, 2, self.heads, -1)
+            query, key = normalize_and_turn(query_key, bucket.rotation, self.temperature).unbind(2)
+            value = x[..., 2 * width :].view(images, count, self.heads, -1)
+            mixed.append(attend(query, key, value))
+        return mixed
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.mlp_in(x))
+        y: Tensor = self.mlp_out(hidden * hidden)  # arXiv:2109.08668; a GELU costs five times as much on a CPU
+        return y
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, bucket: _Bucket) -> Tensor:
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift[bucket.images], normed, 1 + scale[bucket.images])
+
+
+def _packed(layer: Callable[[Tensor], Tensor], tokens: list[Tensor]) -> list[Tensor]:
+    """Apply a layer to every bucket's tokens in one call."""
+    if len(tokens) == 1:
+        return [layer(tokens[0])]
+    out = layer(torch.cat([x.flatten(0, 1) for x in tokens]))
+    parts = torch.split(out, [x.shape[0] * x.shape[1] for x in tokens])
+    return [part.view(x.shape[0], x.shape[1], -1) for part, x in zip(parts, tokens, strict=True)]
+
+
+class Denoiser(FrozenBuffers):
+    """Logits of the clean codes at the wanted positions of every level."""
+
+    rotation: Tensor
+
+    def __init__(self, config: PriorConfig, codebooks: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        self.sizes = [rows * columns for rows, columns in config.grids]
+        width = config.width
+        self.conditioning = Conditioning(len(self.sizes), len(config.classes), width)
+        self.embeddings = nn.ModuleList(TokenEmbedding(codebook, width) for codebook in codebooks)
+        hidden = round(width * config.mlp_ratio)
+        self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in config.codebook_sizes)
+        angles = rotary_angles(config.grids, width // config.heads)
+        rotation = torch.polar(torch.ones_like(angles), angles)
+        self.register_buffer("rotation", rotation.to(torch.complex64), persistent=False)
+        nn.init.zeros_(self.final_modulation.weight)
+        nn.init.zeros_(self.final_modulation.bias)
+        for head in self.heads:
+            assert isinstance(head, nn.Linear)
+            nn.init.zeros_(head.weight)  # the first prediction is uniform: the bound starts at log K exactly
+            nn.init.zeros_(head.bias)
+
+    def forward(
+        self,
+        codes: Sequence[Tensor],
+        level_times: Tensor,
+        labels: Tensor,
+        present: Tensor | None,
+        rows: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """(R, K) logits a level of `rows`.
+
+        Args:
+            codes: (B, N) int64 of each level in [0, K]; only the leading levels that some image has present.
+            level_times: (B, L) of all levels.
+            labels: (B,) int64, -1 for no class.
+            present: (B,) int64, how many leading levels an image has in its sequence; None for all of `codes`.
+            rows: (R,) int64 of each level, wanted positions among the level's B x N, of images that have it present;
+                None where the level's head is not needed at all.
+        """
+        order, starts = _sort_by_presence(present, len(codes))
+        place = None
+        if order is not None:
+            codes, level_times, labels = [level[order] for level in codes], level_times[order], labels[order]
+            place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        condition, own_times = self.conditioning(level_times, labels)
+        tokens, buckets = self._embed(codes, own_times, starts)
+        for block in self.blocks:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, buckets, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, condition, buckets)
+        shift, scale = self.final_modulation(condition)[:, None].chunk(2, -1)
+        features = [_modulate(x, shift, scale, bucket) for x, bucket in zip(tokens, buckets, strict=True)]
+        return self._read_out(features, starts, place, rows)
+
+    def _embed(
+        self, codes: Sequence[Tensor], own_times: Tensor, starts: list[int]
+    ) -> tuple[list[Tensor], list[_Bucket]]:
+        """Each bucket's tokens; images are sorted, so a level is present from `starts[level]` on."""
+        embedded = [
+            self.embeddings[level](codes[level][start:]) + own_times[start:, level, None]
+            for level, start in enumerate(starts)
+        ]
+        ends = [*starts[1:], len(codes[0])]
+        tokens, buckets = [], []
+        for last, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            if start == end:
+                continue
+            parts = [embedded[level][start - starts[level] : end - starts[level]] for level in range(last + 1)]
+            tokens.append(torch.cat(parts, 1))
+            rotation = self.rotation[: sum(self.sizes[: last + 1]), None, None]
+            buckets.append(_Bucket(slice(start, end), rotation))
+        # A level that no image has adds nothing, but its weights take part: ranks that share them stay in step.
+        absent = [embedded[level].sum() for level, start in enumerate(starts) if start == len(codes[0])]
+        if absent:
+            tokens[0] = tokens[0] + torch.stack(absent).sum()
+        return tokens, buckets
+
+    def _read_out(
+        self, features: list[Tensor], starts: list[int], place: Tensor | None, rows: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Logits of the wanted rows only: the heads are the widest layers."""
+        logits = []
+        first = 0
+        for level, start in enumerate(starts):
+            size = self.sizes[level]
+            wanted = rows[level]
+            if wanted is not None:
+                having = [x[:, first : first + size] for x in features if x.shape[1] > first]
+                flat = torch.cat([features[0].new_zeros(0, size, self.config.width), *having]).flatten(0, 1)
+                if place is not None:
+                    wanted = (place[wanted // size] - start) * size + wanted % size
+                logits.append(self.heads[level](flat[wanted]))
+            else:
+                logits.append(features[0].new_zeros(0, self.config.codebook_sizes[level]))
+            first += size
+        return logits
+
+
+def _sort_by_presence(present: Tensor | None, levels: int) -> tuple[Tensor | None, list[int]]:
+    """An order of the images by levels present, and for each level the first sorted image that has it."""
+    if present is None:
+        return None, [0] * levels
+    counts = torch.bincount(present, minlength=levels + 1).tolist()
+    starts = [sum(counts[: level + 1]) for level in range(levels)]
+    if starts[-1] == 0:
+        return None, starts
+    return torch.argsort(present, stable=True), starts

@@ -1,0 +1,259 @@
+"""Runs in MLflow: one run a key, gone on with when the same key comes again, with a truthful end.
+
+Without a server the store is an sqlite file in a local root; for a remote root it stays on this machine, in `.hvqd/`,
+and its artifacts go under the root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from infra.errors import EnvironmentFailure, InputError
+from infra.quiet import switch_off_telemetry
+from infra.secrets import mask
+from infra.storage import Store
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+KEY_TAG = "hvqd.key"
+_BATCH = 100
+_METRICS_A_BATCH = 1_000
+_LONGEST_VALUE = 6_000
+_ANSWER_SECONDS = 5
+
+
+@cache
+def client(uri: str, process: int) -> Any:
+    """MLflow's client of a tracking store; one a process."""
+    switch_off_telemetry()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises when its store is away into two lines a user can act on."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        text = " ".join(str(error).split())
+        if re.search(r"Max retries|Connection|timed out|HTTP.* 5\d\d|OperationalError|disk", text):
+            raise EnvironmentFailure(
+                f"the tracking store {mask(uri)} failed: {mask(text)[:300]}\n"
+                "hint: check that it runs and can be written; the same command goes on"
+            ) from error
+        raise
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A tracking store and an experiment in it; sent to any process."""
+
+    uri: str
+    artifact_root: str | None
+    """Where a new experiment keeps its artifacts; None leaves it to the server."""
+    experiment: str
+
+    @property
+    def client(self) -> Any:
+        """MLflow's client."""
+        return client(self.uri, os.getpid())
+
+    def check_answers(self) -> None:
+        """Ask the store a small question.
+
+        Raises:
+            EnvironmentFailure: no answer within seconds.
+            InputError: the address is none that MLflow knows.
+        """
+        scheme = urlsplit(self.uri).scheme
+        if scheme in ("http", "https"):
+            self._check_server()
+        elif scheme.split("+")[0] not in ("sqlite", "postgresql", "mysql", "mssql"):
+            raise InputError(
+                f"tracking.uri must be http(s)://…, sqlite:///… or postgresql+psycopg2://…: {mask(self.uri)}\n"
+                "hint: leave it out for an sqlite store beside the artifacts"
+            )
+        with explained(self.uri):
+            self._experiment_id()
+
+    def _check_server(self) -> None:
+        import urllib.error
+        import urllib.request
+
+        try:
+            with urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=_ANSWER_SECONDS):
+                pass
+        except urllib.error.HTTPError:
+            pass  # somebody answers; whether it is MLflow shows in the next call
+        except (OSError, ValueError) as error:
+            raise EnvironmentFailure(
+                f"no MLflow server answers at {mask(self.uri)}: {error}\n"
+                "hint: check tracking.uri, or leave it out for an sqlite store beside the artifacts"
+            ) from error
+
+    def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        if self.uri.startswith("sqlite:///"):
+            _make_folder(Path(self.uri.removeprefix("sqlite:///")).parent)
+        found = self.client.get_experiment_by_name(self.experiment)
+        if found is None:
+            try:
+                return str(self.client.create_experiment(self.experiment, artifact_location=self.artifact_root))
+            except MlflowException:  # another process was first
+                found = self.client.get_experiment_by_name(self.experiment)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+    def run(
+        self,
+        key: str,
+        name: str,
+        *,
+        parent: str | None = None,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> TrackedRun:
+        """The run of a key: the one there is, set running again, or a new one.
+
+        Args:
+            key: what the run is about; equal keys are one run.
+            name: shown in MLflow.
+            parent: run id of the run this one belongs to.
+            params: logged once, when the run is made.
+            tags: set now.
+        """
+        with explained(self.uri):
+            experiment = self._experiment_id()
+            found = self.client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+            all_tags = {KEY_TAG: key, **(tags or {}), **({"mlflow.parentRunId": parent} if parent else {})}
+            if found:
+                run = TrackedRun(self.uri, found[0].info.run_id, resumed=True)
+                self.client.update_run(run.run_id, status="RUNNING")
+                run.set_tags(all_tags)
+                return run
+            made = self.client.create_run(experiment, tags={k: mask(v) for k, v in all_tags.items()}, run_name=name)
+            run = TrackedRun(self.uri, made.info.run_id)
+            run.log_params(params or {})
+            return run
+
+    def champion(self, model_name: str) -> str | None:
+        """The version that the alias `champion` points to, or None."""
+        from infra.models import Registry
+
+        return Registry(self.uri).alias(model_name, "champion")
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """One run; sent to any process."""
+
+    uri: str
+    run_id: str
+    resumed: bool = False
+    """Whether the run was there before: then points it already has are not sent again."""
+    _logged: dict[str, set[int]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def client(self) -> Any:
+        """MLflow's client."""
+        return client(self.uri, os.getpid())
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Parameters, which never change once logged."""
+        from mlflow.entities import Param
+
+        entries = [Param(name, mask(str(value))[:_LONGEST_VALUE]) for name, value in params.items()]
+        with explained(self.uri):
+            for batch in _batches(entries, _BATCH):
+                self.client.log_batch(self.run_id, params=batch)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """One point of each metric; a point that the run has already is left out."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [
+            Metric(name, float(value), now, step) for name, value in metrics.items() if step not in self._steps(name)
+        ]
+        with explained(self.uri):
+            for batch in _batches(entries, _METRICS_A_BATCH):
+                self.client.log_batch(self.run_id, metrics=batch)
+        for entry in entries:
+            self._logged[entry.key].add(step)
+
+    def _steps(self, name: str) -> set[int]:
+        if name not in self._logged:
+            history = self.client.get_metric_history(self.run_id, name) if self.resumed else []
+            self._logged[name] = {point.step for point in history}
+        return self._logged[name]
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        """A file as an artifact of the run."""
+        with explained(self.uri):
+            self.client.log_artifact(self.run_id, str(path), folder or None)
+
+    def log_folder(self, path: Path, folder: str) -> str:
+        """A folder as artifacts of the run; returns its URL."""
+        with explained(self.uri):
+            self.client.log_artifacts(self.run_id, str(path), folder)
+            return f"{self.client.get_run(self.run_id).info.artifact_uri}/{folder}"
+
+    def log_text(self, text: str, name: str) -> None:
+        """A text as an artifact of the run."""
+        with explained(self.uri):
+            self.client.log_text(self.run_id, mask(text), name)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Tags, overwritten when they are there."""
+        from mlflow.entities import RunTag
+
+        entries = [RunTag(name, mask(str(value))) for name, value in tags.items()]
+        with explained(self.uri):
+            for batch in _batches(entries, _BATCH):
+                self.client.log_batch(self.run_id, tags=batch)
+
+    def end(self, status: Status) -> None:
+        """How the run ended."""
+        with explained(self.uri):
+            self.client.set_terminated(self.run_id, status)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot make the tracking store's folder {folder}: {error}\nhint: choose a place that can be written"
+        ) from error
+
+
+def _batches(entries: list[Any], size: int) -> Iterable[list[Any]]:
+    return (entries[start : start + size] for start in range(0, len(entries), size))
+
+
+def open_tracker(uri: str | None, experiment: str, root: Store, scratch: Path = Path(".hvqd")) -> Tracker:
+    """The tracker at a URI; None keeps an sqlite store beside the artifacts (see the module's docstring)."""
+    if uri is not None:
+        return Tracker(uri, None, experiment)
+    if root.is_local:
+        folder, artifacts = root.path, str(root.path / "mlartifacts")
+    else:
+        folder = scratch / hashlib.sha256(root.url.encode()).hexdigest()[:12]
+        artifacts = f"{root.url}/mlartifacts"
+    return Tracker(f"sqlite:///{folder.resolve()}/mlflow.db", artifacts, experiment)

@@ -1,0 +1,138 @@
+"""A bundle: all that is needed to draw pictures, in one folder. What gets registered, and what `--model` may name.
+
+vq/ and prior/ hold the two models (see hvqd_model.export); bundle.json holds the classes' names and how often the data
+has them, the recommended sampling, and the digests of what it was made from; README.md is the model card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvqd_model import HierarchicalPrior, HierarchicalVQ, load_model
+from hvqd_model.randomness import uniform
+from infra.errors import InputError
+from workflows.config import SamplingSettings
+
+DESCRIPTION = "bundle.json"
+
+
+@dataclass(frozen=True)
+class LoadedBundle:
+    """The models of a bundle, in memory."""
+
+    vq: HierarchicalVQ
+    prior: HierarchicalPrior
+    classes: tuple[str, ...]
+    class_rows: tuple[int, ...]
+    """Training pictures of each class."""
+    digest: str
+    """Of both models' weights."""
+    sampling: SamplingSettings | None
+    """What its makers recommend."""
+
+    def draw_labels(self, seeds: Sequence[int]) -> list[int]:
+        """A class for each seed, as often as the data has them; -1 for an unconditional model."""
+        return draw_labels(seeds, self.class_rows)
+
+
+def draw_labels(seeds: Sequence[int], class_rows: Sequence[int]) -> list[int]:
+    """A class for each seed, in proportion to the rows; it follows from the seed alone."""
+    if sum(class_rows) == 0:
+        return [-1] * len(seeds)
+    edges = torch.tensor(class_rows, dtype=torch.float64).cumsum(0) / sum(class_rows)
+    draws = uniform(torch.tensor(list(seeds), dtype=torch.int64), stream="class")
+    labels: list[int] = torch.searchsorted(edges, draws, right=True).clamp_max(len(edges) - 1).tolist()
+    return labels
+
+
+def write_bundle(
+    folder: Path,
+    vq: Path,
+    prior: Path,
+    classes: Sequence[str],
+    class_rows: Sequence[int],
+    sampling: SamplingSettings,
+    lineage: Mapping[str, str],
+    card: str,
+) -> None:
+    """Lay a bundle out in a local folder.
+
+    Args:
+        vq, prior: the models' folders, copied.
+        lineage: digest of each artifact it was made from.
+        card: the README.
+    """
+    for name, source in (("vq", vq), ("prior", prior)):
+        (folder / name).mkdir(parents=True)
+        for file in ("weights.safetensors", "config.json"):
+            (folder / name / file).write_bytes((source / file).read_bytes())
+    description = {
+        "classes": list(classes),
+        "class_rows": list(class_rows),
+        "sampling": sampling.model_dump(mode="json"),
+        "lineage": dict(lineage),
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
+    (folder / "README.md").write_text(card)
+
+
+def load_bundle(folder: Path) -> LoadedBundle:
+    """The models of a bundle, or of a run's root that has both trained.
+
+    Raises:
+        InputError: there is none, or the two models do not belong together.
+    """
+    if (folder / DESCRIPTION).is_file():
+        described: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+        vq_folder, prior_folder = folder / "vq", folder / "prior"
+    elif (folder / "vq" / "model").is_dir() and (folder / "prior" / "model").is_dir():
+        described = _described_by_root(folder)
+        vq_folder, prior_folder = folder / "vq" / "model", folder / "prior" / "model"
+    else:
+        raise InputError(
+            f"no model at {folder}: neither {DESCRIPTION} nor trained vq/ and prior/ folders\n"
+            "hint: name a run's root or a registered version's folder, or leave --model out for the champion"
+        )
+    vq, prior = load_model(vq_folder), load_model(prior_folder)
+    if not isinstance(vq, HierarchicalVQ) or not isinstance(prior, HierarchicalPrior):
+        raise InputError(f"{folder} does not hold a tokenizer in vq/ and a prior in prior/\nhint: export it again")
+    if vq.config.grids != prior.config.grids or vq.config.codebook_sizes != prior.config.codebook_sizes:
+        raise InputError(
+            f"the tokenizer and the prior at {folder} have different codes\nhint: train the prior on this tokenizer"
+        )
+    sampling = described.get("sampling")
+    return LoadedBundle(
+        vq=vq,
+        prior=prior,
+        classes=prior.config.classes,
+        class_rows=tuple(described["class_rows"]),
+        digest=models_digest(vq_folder, prior_folder),
+        sampling=SamplingSettings.model_validate(sampling) if sampling else None,
+    )
+
+
+def models_digest(vq: Path, prior: Path) -> str:
+    """Of both models' weights."""
+    digest = hashlib.sha256()
+    for folder in (vq, prior):
+        with (folder / "weights.safetensors").open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _described_by_root(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / "dataset" / "manifest.json").read_text())["facts"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}/dataset has no readable manifest, so the classes' names are unknown\n"
+            "hint: `hvqd data build` makes it"
+        ) from error
+    return {"class_rows": facts["class_rows"]["train"]}

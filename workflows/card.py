@@ -1,0 +1,64 @@
+"""The model card: what a version is, what it was made from and what it shows, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from workflows.artifacts import Manifest
+from workflows.config import RunConfig
+
+_SHOWN = {
+    "psnr": "PSNR of reconstructions, dB",
+    "psnr_prefix_1": "PSNR of the coarse level alone, dB",
+    "ssim": "SSIM of reconstructions",
+    "rate_bits": "rate, bits a picture",
+    "bits_total": "bound of the prior, bits a picture",
+    "kid_real": "KID, real against real (floor)",
+    "kid_reconstructions": "KID of reconstructions",
+    "kid_samples": "KID of samples",
+    "kid_marginals": "KID of independent codes",
+    "kid_untrained": "KID of an untrained prior",
+    "recall_samples": "recall of samples",
+    "class_accuracy_samples": "accuracy of the asked class",
+    "class_accuracy_reconstructions": "the same judge on reconstructions",
+    "class_chance": "chance",
+}
+
+
+def model_card(config: RunConfig, parents: Mapping[str, Manifest]) -> str:
+    """The card of a pipeline's models, from its artifacts' manifests."""
+    facts, figures = parents["dataset"].facts, parents["evaluation"].facts["figures"]
+    rows = facts["rows"]
+    table = [f"| {text} | {figures[name]:.4g} |" for name, text in _SHOWN.items() if name in figures]
+    lines = [
+        f"# {config.tracking.model_name}",
+        "",
+        "A hierarchical VQ-Diffusion image model: a tokenizer and a diffusion prior over its codes.",
+        "",
+        f"- Pictures: {config.data.image_size[0]} x {config.data.image_size[1]} RGB, {rows['train']:,} for training, "
+        f"{rows['val']:,} for validation, {rows['test']:,} for the figures below.",
+        f"- Classes: {', '.join(facts['classes']) or 'none'}.",
+        f"- Licences of the training pictures: {', '.join(facts['licences']) or 'not stated by the source'}.",
+        f"- Codes: levels of stride {list(config.vq.model.strides)}, "
+        f"codebooks of {list(config.vq.model.codebook_sizes)}.",
+        f"- Budgets: {config.vq.train.images:,} images for the tokenizer, {config.prior.train.images:,} for the prior.",
+        "",
+        "## Figures on held-out pictures",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        *table,
+        "",
+        "Protocol, intervals and every other figure: evaluation/metrics.json of the run.",
+        "",
+        "## Limits",
+        "",
+        "Pictures resemble the training set and nothing else; a class is as good as its share of the data.",
+        "Judge samples against the reconstructions' figures, not against real ones: the tokenizer is their ceiling.",
+        "",
+        "## Lineage",
+        "",
+        *[f"- {kind}: `{manifest.digest}`" for kind, manifest in parents.items()],
+        "",
+    ]
+    return "\n".join(lines)

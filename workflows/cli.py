@@ -1,0 +1,280 @@
+"""The front door: one verb per command. Heavy modules are loaded inside the commands, so that help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workflows.job import Job, exit_status, with_options
+
+if TYPE_CHECKING:
+    from workflows.pipeline import Pipeline
+
+app = typer.Typer(
+    name="hvqd",
+    help="Train, search, track, promote and use hierarchical VQ-Diffusion image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make datasets.", no_args_is_help=True)
+train_app = typer.Typer(help="Train one stage.", no_args_is_help=True)
+config_app = typer.Typer(help="See and check configurations.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(train_app, name="train")
+app.add_typer(config_app, name="config")
+
+
+# ---- the path ----
+
+
+@app.command("run")
+@with_options
+def run(job: Job) -> None:
+    """The whole path: dataset, tokenizer, codes, prior, evaluation, registration, promotion and a report."""
+    if _planned(job):
+        return
+    pipeline = _open(job)
+    result = pipeline.run()
+    model = job.config.tracking.model_name
+    text = "\n".join(
+        [
+            f"report    {result['report']}",
+            f"champion  {model} version {result['champion']}",
+            "next, try:",
+            f"  hvqd sample --root {job.config.root} -n 16 --out samples.png",
+            f"  hvqd evaluate --root {job.config.root} --set sampling.steps=8",
+            f"  mlflow ui --backend-store-uri {pipeline.tracker.uri}",
+        ]
+    )
+    job.answer({"status": 0, **result}, text)
+
+
+def _step(job: Job, kind: str) -> None:
+    if _planned(job, kind):
+        return
+    pipeline = _open(job)
+    manifest = pipeline.step(kind)
+    folder = f"{pipeline.root.url}/{kind}"
+    job.answer({"status": 0, "artifact": folder, "digest": manifest.digest, "facts": dict(manifest.facts)}, folder)
+
+
+@data_app.command("build")
+@with_options
+def data_build(
+    job: Job,
+    source: Annotated[str | None, typer.Argument(help="Folder, tar shards, parquet, or `emoji`.")] = None,
+) -> None:
+    """Make the dataset from pictures: a folder (class = sub-folder), tar/WebDataset shards, parquet, or `emoji`."""
+    if source is not None:
+        job.overrides.append(f"data.source={source}")
+    _step(job, "dataset")
+
+
+@train_app.command("vq")
+@with_options
+def train_vq(job: Job) -> None:
+    """Train the tokenizer (stage 1)."""
+    _step(job, "vq")
+
+
+@app.command("encode")
+@with_options
+def encode(job: Job) -> None:
+    """Turn the dataset into codes."""
+    _step(job, "codes")
+
+
+@train_app.command("prior")
+@with_options
+def train_prior(job: Job) -> None:
+    """Train the diffusion prior over the codes (stage 2)."""
+    _step(job, "prior")
+
+
+@app.command("evaluate")
+@with_options
+def evaluate(job: Job) -> None:
+    """Judge the models on the held-out test split."""
+    _step(job, "evaluation")
+
+
+@app.command("register")
+@with_options
+def register(job: Job) -> None:
+    """Register the evaluated models as a version, alias `candidate`."""
+    if _planned(job, "registration"):
+        return
+    pipeline = _open(job)
+    from workflows.registry import register as register_version
+
+    manifest = register_version(_context(job, pipeline), pipeline.tracker)
+    name, version = manifest.facts["model_name"], manifest.facts["version"]
+    job.answer({"status": 0, "model": name, "version": version}, f"{name} version {version}")
+
+
+@app.command("promote")
+@with_options
+def promote(
+    job: Job,
+    version: Annotated[str | None, typer.Option("--version", help="The version; default the candidate.")] = None,
+) -> None:
+    """Move the alias `champion`, if every gate agrees (exit status 3 names those that do not)."""
+    pipeline = _open(job)
+    from workflows.registry import promote as promote_version
+
+    result = promote_version(_context(job, pipeline), pipeline.tracker, version, dry_run=job.dry_run)
+    job.answer({"status": 0, **result.as_json()}, result.as_text())
+
+
+@app.command("report")
+@with_options
+def report(job: Job) -> None:
+    """Write the report anew: one HTML file in the root."""
+    if _planned(job):
+        return
+    pipeline = _open(job)
+    from workflows.report import write_report
+
+    path = write_report(_context(job, pipeline))
+    job.answer({"status": 0, "report": path}, path)
+
+
+# ---- use ----
+
+
+@app.command("sample")
+@with_options
+def sample(
+    job: Job,
+    out: Annotated[Path, typer.Option("--out", help="PNG file of the grid; a JSON file beside it reproduces it.")],
+    count: Annotated[int, typer.Option("-n", help="How many pictures.")] = 16,
+    label: Annotated[
+        str | None, typer.Option("--class", help="Class name; without it, classes as in the data.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model folder or version; default the champion.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the reverse process.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="confidence, ancestral or purity.")] = None,
+) -> None:
+    """Draw pictures; the same seed gives the same pictures, however many are asked for."""
+    from workflows.sample_command import SampleRequest, draw_grid
+
+    for key, value in (("steps", steps), ("guidance", guidance), ("sampler", sampler)):
+        if value is not None:
+            job.overrides.append(f"sampling.{key}={value}")
+    request = SampleRequest(count, label, model, job.seed or 0, out)
+    if job.dry_run:
+        job.answer({"status": 0, "plan": request.as_json(job.config)}, f"would draw {count} pictures to {out}")
+        return
+    job.quiet()
+    written = draw_grid(request, job.config, job.progress)
+    job.answer({"status": 0, **written}, f"{written['image']}\n{written['recipe']}")
+
+
+# ---- configuration ----
+
+
+@config_app.command("show")
+@with_options
+def config_show(job: Job) -> None:
+    """Print the complete configuration as YAML, to edit and pass back with --config."""
+    from workflows.loading import masked, to_yaml
+
+    job.answer(
+        {"status": 0, "config": masked(job.config).model_dump(mode="json")}, to_yaml(masked(job.config)).rstrip("\n")
+    )
+
+
+@app.command("presets")
+@with_options
+def presets(job: Job) -> None:
+    """List the presets."""
+    from workflows.loading import preset_names, preset_summary
+
+    summaries = {name: preset_summary(name) for name in preset_names()}
+    job.answer({"status": 0, "presets": summaries}, "\n".join(f"{name:<12} {text}" for name, text in summaries.items()))
+
+
+# ---- plumbing ----
+
+
+def _planned(job: Job, kind: str | None = None) -> bool:
+    """With --dry-run: print the configuration and the plan, touch nothing."""
+    if not job.dry_run:
+        return False
+    from infra.storage import open_store
+    from workflows.loading import masked, to_yaml
+    from workflows.pipeline import plan
+
+    config = masked(job.config)
+    states = plan(job.config, open_store(job.config.root).quick())
+    shown = {name: state for name, state in states.items() if kind in (None, name)}
+    lines = [
+        f"{name:<13} {'skip, it is current' if state == 'current' else 'make, it is ' + state}"
+        for name, state in shown.items()
+    ]
+    job.answer(
+        {"status": 0, "config": config.model_dump(mode="json"), "plan": shown},
+        to_yaml(config, documented=False) + "\n" + "\n".join(lines),
+    )
+    return True
+
+
+def _open(job: Job) -> Pipeline:
+    """The job's pipeline on a root that was found writable, with a tracker that was found to answer."""
+    config = job.config
+    job.quiet()
+    from infra.storage import open_store
+    from workflows.loading import remember
+    from workflows.pipeline import Pipeline, tracker_for
+
+    root = open_store(config.root)
+    if job.preset is None and job.config_file is None:
+        job.say(f"settings of the preset {config_name(job, config)}; root {root.url}")
+    root.check_writable()
+    tracker = tracker_for(config, root)
+    tracker.check_answers()
+    remember(config, root)
+    return Pipeline(config, root, tracker, job.progress)
+
+
+def config_name(job: Job, config: Any) -> str:
+    """What the settings come from, for the user: `tiny`, or the root's own."""
+    from workflows.job import DEFAULT_PRESET
+
+    return "the root remembers" if job.root is not None else DEFAULT_PRESET
+
+
+def _context(job: Job, pipeline: Pipeline) -> Any:
+    from workflows.context import Context
+
+    return Context(pipeline.config, pipeline.root, job.progress, None)
+
+
+def main() -> None:
+    """Entry point of `hvqd`: exit statuses 0 done, 1 failed, 2 bad input, 3 a gate refused, 130 interrupted."""
+    from typer._click.exceptions import NoArgsIsHelpError, UsageError
+
+    try:
+        status = app(standalone_mode=False)  # a command's own typer.Exit comes back as its status
+        sys.exit(status if isinstance(status, int) else 0)
+    except NoArgsIsHelpError as error:
+        print(error.format_message())  # noqa: T201
+        sys.exit(2)
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx else "hvqd"
+        print(f"error: {error.format_message()}\nhint: `{where} --help` lists what is allowed", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        status, text = exit_status(KeyboardInterrupt())
+        print("error: " + text, file=sys.stderr)  # noqa: T201
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What the loop asks of the machinery that differentiates, reduces and steps: one process's view of a training job.
+
+`zero.py` answers with DeepSpeed, `plain.py` with torch alone; the loop cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from workflows.config import TrainSettings
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    applied: bool
+    """False when the gradients were not finite and the step was left out."""
+    gradient_norm: float
+    """Before clipping."""
+
+
+class Engine(Protocol):
+    """One rank's engine around an objective module."""
+
+    rank: int
+    world: int
+    device: torch.device
+    module: nn.Module
+    """The objective; its parameters may be sharded outside `forward`."""
+
+    def forward(self, *inputs: Any) -> Any:
+        """The objective's output, ready for `backward`."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch; the mean over micro-batches and ranks is what counts."""
+
+    def step(self, learning_rate: float) -> StepResult:
+        """End the global batch: reduce, clip, step, and move the weights' average."""
+
+    def editing(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside it the parameters are whole and may be overwritten with the same values on all ranks."""
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the state to a local folder, under names no other rank uses."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote at the same world size."""
+
+    def export(self) -> dict[str, Tensor]:
+        """Full float32 weights (their moving average when there is one) and buffers; called on every rank."""
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices and convolutions decay, vectors, scales and embeddings do not."""
+    embeddings = {
+        id(parameter) for part in module.modules() if isinstance(part, nn.Embedding) for parameter in part.parameters()
+    }
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decayed if matrix else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(module: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, fused where torch can."""
+    return torch.optim.AdamW(
+        parameter_groups(module, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def average_decay(settings: TrainSettings) -> float:
+    """Decay, an optimizer step, of the weights' moving average; 0 for none."""
+    if settings.ema_half_life_images == 0:
+        return 0.0
+    return float(0.5 ** (settings.global_batch / settings.ema_half_life_images))

@@ -1,0 +1,180 @@
+"""The driver's side of training: Ray Train runs the workers, and what they report is shown and tracked here.
+
+Ray restarts the workers after a failure and they go on from our newest checkpoint; Ray's own checkpoints are not used.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+from typing import Any
+
+from infra.cluster import connect
+from infra.errors import EnvironmentFailure, InputError
+from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
+from workflows.context import Context
+from workflows.requests import PARENTS, request_of
+from workflows.training.worker import StageName, TrainingJob, train_worker
+
+_POLL_SECONDS = 0.3
+_LEAVE_OUT = ("checkpoints/", "ray/")
+
+
+class Mailbox:
+    """An actor that holds what workers report until the driver takes it."""
+
+    def __init__(self) -> None:
+        self._messages: deque[tuple[str, Any]] = deque(maxlen=10_000)
+
+    def put(self, message: tuple[str, Any]) -> None:
+        """Leave a message."""
+        self._messages.append(message)
+
+    def take(self) -> list[tuple[str, Any]]:
+        """All messages so far."""
+        taken = list(self._messages)
+        self._messages.clear()
+        return taken
+
+
+def train_vq(context: Context) -> Manifest:
+    """Stage 1: the artifact `vq/` with model/, history.json and (not part of it) checkpoints/."""
+    return _train(context, "vq")
+
+
+def train_prior(context: Context) -> Manifest:
+    """Stage 2: the artifact `prior/`."""
+    return _train(context, "prior")
+
+
+def _train(context: Context, stage: StageName) -> Manifest:
+    root, folder = context.root, context.root.child(stage)
+    commands = {"dataset": "hvqd data build", "codes": "hvqd encode"}
+    parents = {kind: read_manifest(root.child(kind), commands[kind]) for kind in PARENTS[stage]}
+    for kind, manifest in parents.items():
+        check_files(root.child(kind), manifest)
+    request = request_of(stage, context.config, parents)
+    present = find_manifest(folder)
+    if present is not None and present.request == request:
+        check_files(folder, present)
+        return present
+    job = TrainingJob(stage, context.config, root, request)
+    started = time.monotonic()
+    records = run_job(job, context)
+    seconds = time.monotonic() - started
+    history = folder.read_json("history.json")
+    digests = {kind: manifest.digest for kind, manifest in parents.items()}
+    return write_manifest(
+        folder,
+        stage,
+        request,
+        digests,
+        facts={"images": job.settings.images, **_last_figures(history)},
+        provenance={
+            "seconds": round(seconds, 1),
+            "workers": context.config.compute.workers,
+            "threads_per_worker": context.config.compute.threads_per_worker,
+            "gpus_per_worker": context.config.compute.gpus_per_worker,
+            "records_this_run": records,
+        },
+        leave_out=_LEAVE_OUT,
+    )
+
+
+def _last_figures(history: list[dict[str, float]]) -> dict[str, float]:
+    """The last value of every validation figure."""
+    return {name: value for record in history for name, value in record.items() if name.startswith("val_")}
+
+
+def run_job(job: TrainingJob, context: Context) -> int:
+    """Run the workers to the end of the budget; returns how many history records they sent.
+
+    Raises:
+        InputError, EnvironmentFailure: what a worker met, in its own words.
+    """
+    compute = job.config.compute
+    connect(compute.address, compute.workers * compute.threads_per_worker)
+    import ray
+
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            _fit(job, mailbox)
+        except BaseException as error:  # handed to the main thread below
+            failures.append(error)
+
+    # In a thread, because Ray Train takes Ctrl-C for itself on the main one; a daemon, so that it can be abandoned.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    records = 0
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        records += _show(ray.get(mailbox.take.remote()), context)
+    if failures:
+        raise _explained(failures[0])
+    ray.kill(mailbox)
+    return records
+
+
+def _fit(job: TrainingJob, mailbox: Any) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    compute = job.config.compute
+    filesystem, path = job.folder.child("ray").arrow()
+    name = f"run-{uuid.uuid4().hex[:12]}"  # new each time: what counts is in our checkpoints, not in Ray's snapshot
+    try:
+        TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job, "mailbox": mailbox},
+            torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=compute.workers,
+                use_gpu=compute.gpus_per_worker > 0,
+                resources_per_worker={
+                    "CPU": compute.threads_per_worker,
+                    **({"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {}),
+                },
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            ),
+        ).fit()
+    finally:
+        job.folder.child("ray").delete()
+
+
+def _show(messages: list[tuple[str, Any]], context: Context) -> int:
+    """Pass what workers reported to the user and to the tracker."""
+    records = 0
+    for kind, content in messages:
+        if kind == "progress":
+            images_seen, total, note = content
+            context.progress.update(images_seen, total, "images", note)
+        elif kind == "record":
+            records += 1
+            if context.run is not None:
+                values = {name: value for name, value in content.items() if name != "images"}
+                context.run.log_metrics(values, step=int(content["images"]))
+    return records
+
+
+def _explained(error: BaseException) -> BaseException:
+    """The error of the worker that failed first, where Ray wrapped it."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank in sorted(failures):
+        cause: BaseException | None = failures[rank]
+        while cause is not None:
+            if isinstance(cause, InputError | EnvironmentFailure):
+                return cause
+            if isinstance(cause, ValueError) and "\nhint:" in str(cause):
+                return InputError(str(cause))
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return error

@@ -1,0 +1,115 @@
+"""A stage as the loop sees it: what is trained, on which batches, and what happens around a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hvqd_model.codec.quantizer import CodebookStatistics
+from workflows.config import TrainSettings
+from workflows.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What an objective's `forward` returns for one micro-batch."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    statistics: tuple[CodebookStatistics, ...] = ()
+    vectors: tuple[Tensor, ...] = ()
+    """(B N, D) of each level before quantization: what codebooks start from."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in training a micro-batch stands; with the seed it is all that a batch and its randomness depend on."""
+
+    images_seen: int
+    """Images before this global batch."""
+    offset: int
+    """This micro-batch's first place within the global batch."""
+    count: int
+    """Images of the micro-batch."""
+    global_batch: int
+
+    @property
+    def first(self) -> int:
+        """The micro-batch's first image, counted from the start of training."""
+        return self.images_seen + self.offset
+
+
+Progress = Callable[[int, int, str], None]
+
+
+class Stage(Protocol):
+    """One of the two trainings."""
+
+    name: str
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The optimisation."""
+
+    @property
+    def objective(self) -> nn.Module:
+        """`forward(*batch) -> ObjectiveOutput` holds all maths that touches parameters."""
+
+    def batch(self, position: Position) -> tuple[Any, ...]:
+        """The objective's inputs."""
+
+    def before_step(self, engine: Engine, images_seen: int) -> dict[str, float]:
+        """Called before every global batch on every rank; returns what is worth recording, usually nothing."""
+
+    def after_step(self, statistics: tuple[CodebookStatistics, ...], images_seen: int) -> dict[str, Tensor]:
+        """Called after every applied step with the statistics of the global batch."""
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Figures on the validation split, equal on all ranks."""
+
+
+def learning_rate_at(images_seen: int, settings: TrainSettings) -> float:
+    """The learning rate of the step that begins at `images_seen`: linear warm-up, plateau, cosine."""
+    warmup = min(1.0, (images_seen + settings.global_batch) / max(settings.warmup_images, settings.global_batch))
+    start = settings.decay_start * settings.images
+    past = max(0.0, images_seen - start) / max(settings.images - start, 1)
+    floor = settings.final_learning_rate_share
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
+    return settings.learning_rate * warmup * cosine
+
+
+@dataclass
+class RunningMean:
+    """Means of metrics over steps, kept as tensors until they are asked for."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Count one more value of each metric."""
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, Tensor]:
+        """The means so far, and begin anew."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+def place_on(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
+    """Tensors (and tuples of tensors) on the device; copies overlap with computing on a GPU."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(move(item) for item in value)
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return tuple(move(tensor) for tensor in tensors)

@@ -1,0 +1,133 @@
+"""One rank of a training job, as Ray Train runs it: builds its stage and engine, trains, and exports on rank 0."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hvqd_model.codec.hierarchy import HierarchicalVQ
+from hvqd_model.config import PriorConfig
+from hvqd_model.export import load_model, save_model
+from hvqd_model.prior.prior import HierarchicalPrior
+from hvqd_model.randomness import derive_key
+from infra.storage import Store
+from workflows.artifacts import read_manifest
+from workflows.config import RunConfig, TrainSettings
+from workflows.data.batches import CodeTable, ImageTable
+from workflows.training.checkpoint import StoreCheckpoints
+from workflows.training.loop import Record, train
+from workflows.training.precision import choose_precision
+from workflows.training.prior_stage import PriorStage
+from workflows.training.vq_stage import VQStage
+
+StageName = Literal["vq", "prior"]
+_PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All that a worker needs; small, and free of secrets."""
+
+    stage: StageName
+    config: RunConfig
+    root: Store
+    request: str
+    """What the training answers; see `workflows.requests`."""
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The stage's optimisation."""
+        return self.config.vq.train if self.stage == "vq" else self.config.prior.train
+
+    @property
+    def folder(self) -> Store:
+        """The stage's folder on the root."""
+        return self.root.child(self.stage)
+
+
+@dataclass
+class MailReporter:
+    """Sends progress to the driver through a mailbox actor, without waiting for it."""
+
+    mailbox: Any
+    _sent: float = 0.0
+
+    def progress(self, images_seen: int, total: int, note: str) -> None:
+        """At most twice a second."""
+        now = time.monotonic()
+        if now - self._sent >= _PROGRESS_SECONDS or images_seen >= total:
+            self._sent = now
+            self.mailbox.put.remote(("progress", (images_seen, total, note)))
+
+    def record(self, record: Record) -> None:
+        """One line of the history."""
+        self.mailbox.put.remote(("record", record))
+
+
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """The function that Ray Train calls on every worker."""
+    import ray.train
+
+    job: TrainingJob = loop_config["job"]
+    torch.set_num_threads(job.config.compute.threads_per_worker)
+    device = ray.train.torch.get_device()
+    from workflows.training.zero import ZeroEngine
+
+    stage = build_stage(job, device)
+    engine = ZeroEngine(stage.objective, job.settings, device)
+    checkpoints = StoreCheckpoints(job.folder.child("checkpoints"), job.request, job.settings.keep_checkpoints)
+    state = train(engine, stage, checkpoints, MailReporter(loop_config["mailbox"]))
+    weights = engine.export()
+    if engine.rank == 0:
+        export(job, stage, weights, state.history)
+
+
+def build_stage(job: TrainingJob, device: torch.device) -> VQStage | PriorStage:
+    """The job's stage with fresh weights, the same on every rank."""
+    config = job.config
+    precision, reason = choose_precision(job.settings.precision, device)
+    print(f"{job.stage}: {precision}, {reason}; process {os.getpid()} on {device}")  # noqa: T201 - the worker's log
+    torch.manual_seed(derive_key(config.seed, job.stage, "weights"))
+    if job.stage == "vq":
+        manifest = read_manifest(job.root.child("dataset"), "hvqd data build")
+        images = [ImageTable.open(job.root.child("dataset"), manifest, split) for split in ("train", "val")]
+        model = HierarchicalVQ(config.vq_config)
+        return VQStage(model, config.vq.train, config.seed, precision, images[0], images[1])
+    manifest = read_manifest(job.root.child("codes"), "hvqd encode")
+    codes = [CodeTable.open(job.root.child("codes"), manifest, split) for split in ("train", "val")]
+    prior = build_prior(job.root, config)
+    return PriorStage(prior, config.prior.train, config.seed, precision, codes[0], codes[1])
+
+
+def build_prior(root: Store, config: RunConfig) -> HierarchicalPrior:
+    """A prior with fresh weights for the root's tokenizer and classes."""
+    with tempfile.TemporaryDirectory(prefix="hvqd-model-") as scratch:
+        vq = load_model(root.child("vq", "model").download_folder(Path(scratch)))
+    assert isinstance(vq, HierarchicalVQ)
+    dataset = read_manifest(root.child("dataset"), "hvqd data build")
+    prior_config = PriorConfig(
+        **config.prior.model.model_dump(),
+        grids=vq.config.grids,
+        codebook_sizes=vq.config.codebook_sizes,
+        code_dim=vq.config.code_dim,
+        classes=tuple(dataset.facts["classes"]),
+    )
+    return HierarchicalPrior(prior_config, vq.codebooks)
+
+
+def export(
+    job: TrainingJob, stage: VQStage | PriorStage, weights: dict[str, torch.Tensor], history: list[Record]
+) -> None:
+    """Write the model and the history to the stage's folder; the driver completes the artifact."""
+    model = stage.model
+    state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    with tempfile.TemporaryDirectory(prefix="hvqd-model-") as scratch:
+        save_model(model, Path(scratch), state)
+        job.folder.child("model").upload_folder(Path(scratch))
+    job.folder.write_json("history.json", history)
