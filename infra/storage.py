@@ -210,6 +210,27 @@ class Store:
         sizes = {key[len(prefix) :]: int(info["size"]) for key, info in found.items() if key.startswith(prefix)}
         return {name: sizes[name] for name in sorted(sizes) if not name.endswith(".partial")}
 
+    def walk(self, below: str = "") -> Iterator[tuple[str, int]]:
+        """Relative name and bytes of every file below, one folder in memory at a time, in an order that does not vary.
+
+        A link to a folder of this machine is followed, unless it leads back to where it lies.
+        """
+        with _explained("list", f"{self.url}/{below}"):
+            found = self._fs.ls(self._key(below.rstrip("/")), detail=True)
+        for info in sorted(found, key=lambda info: str(info["name"])):
+            key = str(info["name"]).rstrip("/")
+            name = below + key.rsplit("/", 1)[-1]
+            is_folder = info["type"] == "directory"
+            if self.is_local and info.get("islink"):
+                target = Path(key).resolve()
+                is_folder = target.is_dir() and not Path(key).parent.resolve().is_relative_to(target)
+                if target.is_dir() and not is_folder:
+                    continue
+            if is_folder:
+                yield from self.walk(f"{name}/")
+            elif not name.endswith(".partial") and key != self._key(below.rstrip("/")):
+                yield name, int(info["size"] or 0)
+
     def children(self) -> list[str]:
         """Names of the files and folders directly below, sorted; empty when the folder does not exist."""
         with _explained("list", self.url):

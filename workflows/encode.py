@@ -40,7 +40,7 @@ from workflows.artifacts import (
 from workflows.context import Context
 from workflows.data.batches import read_shards, shard_names, to_input
 from workflows.data.distributed import Summary, map_units
-from workflows.data.shards import clear_stale, finished_shards, mark_finished, to_parquet
+from workflows.data.shards import STAGING, clear_stale, finished_shards, mark_finished, to_parquet
 from workflows.data.splits import SPLITS
 from workflows.requests import request_of
 
@@ -66,19 +66,19 @@ def encode_dataset(context: Context) -> Manifest:
         check_files(store, present)
         return present
     started = time.monotonic()
-    root, staging = context.root, store.child("staging", request[:16])
+    root, staging = context.root, store.child(STAGING, request[:16])
     model = load_tokenizer(root, vq)
     if list(model.config.image_size) != list(dataset.facts["image_size"]):
         raise InputError(
             f"the tokenizer is for pictures of {list(model.config.image_size)}, "
             f"the dataset has {dataset.facts['image_size']}\nhint: run `hvqd train vq` on this dataset first"
         )
-    clear_stale(store, staging)
     entries = finished_shards(store, staging)
+    clear_stale(store, staging, finished=entries)
     names = [name for split in SPLITS for name in shard_names(dataset, split)]
     total = sum(int(count) for count in dataset.facts["rows"].values())
-    done = 0
     waiting = [name for name in names if name not in entries]
+    done = 0
     jobs = map_units(lambda: _Encoder(root, dataset, vq, staging, store), waiting, context.config.compute, on_gpus=True)
     for summary in jobs:
         entries[str(summary["name"])] = FileEntry(int(summary["bytes"]), str(summary["sha256"]))
@@ -94,9 +94,9 @@ def encode_dataset(context: Context) -> Manifest:
     digests = {name: parent.digest for name, parent in parents.items()}
     provenance = {"seconds": round(time.monotonic() - started, 1), "encoded_now": done}
     manifest = write_manifest(
-        store, "codes", request, digests, facts, provenance, known=entries, leave_out=("staging/",)
+        store, "codes", request, digests, facts, provenance, known=entries, leave_out=(f"{STAGING}/",)
     )
-    store.child("staging").delete()
+    store.child(STAGING).delete()
     context.progress.say(f"  {total:,} pictures in {len(names)} shards, {model.config.tokens} codes each")
     if context.run is not None:
         context.run.log_metrics({"pictures": float(total), "seconds": provenance["seconds"]}, step=0)

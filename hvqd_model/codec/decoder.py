@@ -25,7 +25,7 @@ class GridAttention(nn.Module):
         self.norm = nn.GroupNorm(1, channels)
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        self.scale = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) from the same."""

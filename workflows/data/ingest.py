@@ -1,17 +1,17 @@
 """Step 1: pictures of any source become the artifact `dataset/`.
 
 Three passes. Every unit of the source is decoded somewhere on the cluster into a staging file of its own; the driver
-reads their index (about a hundred bytes a picture, no pixels) and decides splits and duplicates; every shard is then
+reads their index (some fifty bytes a picture, no pixels) and decides splits and duplicates; every shard is then
 written from the staging files it needs. Units and shards that are finished are not done again, so a job that was
 killed goes on, and since units and order come from the source alone the result is the same.
 """
 
 from __future__ import annotations
 
-import io
+import functools
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from workflows.config import DataSettings
 from workflows.context import Context
 from workflows.data.distributed import Summary, map_units
 from workflows.data.pictures import Rejected, prepare
+from workflows.data.planning import INDEX, Plan, make_plan, rejected_rows
+from workflows.data.reading import read_unit
 from workflows.data.shards import (
     STAGING,
     clear_stale,
@@ -34,21 +36,22 @@ from workflows.data.shards import (
     shard_name,
     to_parquet,
 )
-from workflows.data.sources import Raw, Unit, list_units, read_unit
-from workflows.data.splits import SPLITS, assign_splits, keep_unique
+from workflows.data.sources import Raw, Unit, list_units
+from workflows.data.splits import SPLITS, group_key, split_number
 from workflows.requests import request_of
 
 REJECTED = "rejected.parquet"
-_INDEX = ("id", "label", "style", "group", "split", "license", "digest")
-_ROWS = pa.schema(
+_REJECTIONS = pa.schema([("id", pa.string()), ("reason", pa.string())])
+_STAGED = pa.schema(
     [
-        *((name, pa.string()) for name in _INDEX),
+        *INDEX,
+        ("id", pa.string()),
         ("caption", pa.string()),
+        ("group", pa.string()),
         ("image", pa.binary()),
         ("seg", pa.binary()),
     ]
 )
-_REJECTIONS = pa.schema([("id", pa.string()), ("reason", pa.string())])
 _SHARD = pa.schema(
     [
         ("id", pa.string()),
@@ -76,199 +79,116 @@ def build_dataset(context: Context) -> Manifest:
         check_files(store, present)
         return present
     started = time.monotonic()
-    units = list_units(settings)
-    staging = store.child(f"{STAGING}{request[:16]}")
-    _decode(units, staging, context)
-    plan = _decide(len(units), staging, settings, context.config.seed)
-    clear_stale(store, staging)
-    entries = _write_shards(plan, staging, store, context)
-    store.write_bytes(REJECTED, to_parquet(plan.rejections))
+    staging = store.child(STAGING, request[:16])
+    try:
+        names = _decode(staging, context)
+        plan = make_plan(names, staging, settings, context.config.seed)
+    except InputError:
+        store.child(STAGING).delete()  # what the user mends may be the pictures, so nothing of them is kept
+        if not store.files():
+            store.delete()
+        raise
+    entries = _write_shards(plan, names, staging, store, context)
+    rejections = pa.Table.from_pylist(rejected_rows(plan, names, staging), _REJECTIONS)
+    store.write_bytes(REJECTED, to_parquet(rejections))
     facts = {
         "classes": plan.classes,
-        "styles": sorted(set(plan.index["style"]) - {""}),
-        "licences": sorted(set(plan.index["license"]) - {""}),
-        "rows": {split: int((plan.splits == split).sum()) for split in SPLITS},
-        "class_rows": {split: _class_rows(plan, split) for split in SPLITS},
-        "rejected": plan.rejections.num_rows,
+        "styles": plan.styles,
+        "licences": plan.licences,
+        "rows": {split: len(plan.rows(split)) for split in SPLITS},
+        "class_rows": {split: plan.class_rows(split) for split in SPLITS},
+        "rejected": rejections.num_rows,
         "duplicates": plan.duplicates,
         "image_size": list(settings.image_size),
     }
-    provenance = {"seconds": round(time.monotonic() - started, 1), "units": len(units)}
-    manifest = write_manifest(store, "dataset", request, {}, facts, provenance, known=entries, leave_out=(STAGING,))
-    store.child(STAGING.rstrip("/")).delete()
+    provenance = {"seconds": round(time.monotonic() - started, 1), "units": len(names)}
+    manifest = write_manifest(
+        store, "dataset", request, {}, facts, provenance, known=entries, leave_out=(f"{STAGING}/",)
+    )
+    store.child(STAGING).delete()
+    _tell(context, manifest)
+    return manifest
+
+
+def _tell(context: Context, manifest: Manifest) -> None:
+    facts = manifest.facts
     rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
     context.progress.say(f"  {rows}; {facts['rejected']} rejected, {facts['duplicates']} duplicates left out")
     if context.run is not None:
         counts = {f"rows_{split}": float(count) for split, count in facts["rows"].items()}
-        context.run.log_metrics({**counts, "rejected": float(facts["rejected"])}, step=0)
-    return manifest
+        left_out = {name: float(facts[name]) for name in ("rejected", "duplicates")}
+        context.run.log_metrics({**counts, **left_out, "classes": float(len(facts["classes"]))}, step=0)
 
 
 # ---- pass 1: decode ----
 
 
+@dataclass
 class _DecodeWorker:
     """Decodes the pictures of a unit into its staging file."""
 
-    def __init__(self, settings: DataSettings, staging: Store) -> None:
-        self.settings, self.staging = settings, staging
+    settings: DataSettings
+    staging: Store
 
-    def __call__(self, unit: dict[str, Any]) -> Summary:
-        """Write unit-NNNNNN.parquet and the rejections beside it."""
-        rows, rejections = [], []
-        for raw in read_unit(unit["unit"]):
-            try:
-                picture = prepare(raw.content, raw.seg, self.settings)
-            except Rejected as reason:
-                rejections.append({"id": raw.id, "reason": str(reason)})
-                continue
-            rows.append(_row(raw, picture.png, picture.seg_png, picture.digest.hex()))
-        name = _unit_name(unit["number"])
-        self.staging.write_bytes(f"rejected-{name}", to_parquet(pa.Table.from_pylist(rejections, _REJECTIONS)))
-        self.staging.write_bytes(name, to_parquet(pa.Table.from_pylist(rows, _ROWS)))
-        return {"pictures": len(rows) + len(rejections)}
+    def __call__(self, job: tuple[str, Unit]) -> Summary:
+        """Write the unit's file: a row for every picture, with the reason where it was rejected."""
+        name, unit = job
+        rows = [_staged(raw, self.settings) for raw in read_unit(unit)]
+        self.staging.write_bytes(name, to_parquet(pa.Table.from_pylist(rows, _STAGED)))
+        return {"pictures": len(rows)}
 
 
-def _unit_name(number: int) -> str:
-    return f"unit-{number:06d}.parquet"
-
-
-def _row(raw: Raw, image: bytes, seg: bytes | None, digest: str) -> dict[str, Any]:
+def _staged(raw: Raw, settings: DataSettings) -> dict[str, Any]:
+    try:
+        picture = prepare(raw.content, raw.seg, settings)
+    except Rejected as reason:
+        return {"id": raw.id, "reason": str(reason)}
+    group = raw.group or raw.id
     return {
         "id": raw.id,
         "label": raw.label,
         "style": raw.style,
-        "group": raw.group or raw.id,
-        "split": raw.split,
+        "group": group,
+        "group_key": group_key(group),
+        "given": split_number(raw.split),
         "license": raw.license,
-        "digest": digest,
+        "digest": picture.digest,
         "caption": raw.caption,
-        "image": image,
-        "seg": seg,
+        "image": picture.png,
+        "seg": picture.seg_png,
     }
 
 
-def _decode(units: list[Unit], staging: Store, context: Context) -> None:
-    finished = set(staging.files()) if staging.exists("") else set()
-    numbered: list[dict[str, Any]] = [
-        {"number": number, "unit": unit} for number, unit in enumerate(units) if _unit_name(number) not in finished
-    ]
-    total = sum(len(unit.members) for unit in units)
-    done = total - sum(len(item["unit"].members) for item in numbered)
-    settings = context.config.data
-    for summary in map_units(lambda: _DecodeWorker(settings, staging), numbered, context.config.compute):
-        done += summary["pictures"]
-        context.progress.update(done, total, "pictures")
+@dataclass
+class _Listing:
+    """The units' staging names in order, while units stream by."""
+
+    names: list[str] = field(default_factory=list)
+    pictures: int = 0
+    """Listed so far."""
+    finished: int = 0
+    """Of these, decoded by an interrupted run."""
+
+    def unfinished(self, units: Iterator[Unit], present: set[str]) -> Iterator[tuple[str, Unit]]:
+        """Names and units that have no staging file yet."""
+        for number, unit in enumerate(units):
+            name = f"unit-{number:06d}-{unit.digest[:16]}.parquet"
+            self.names.append(name)
+            self.pictures += len(unit.members)
+            if name in present:
+                self.finished += len(unit.members)
+            else:
+                yield name, unit
 
 
-# ---- pass 2: decide ----
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What goes into the data set. Arrays are over the readable pictures, in the source's order."""
-
-    index: dict[str, list[str]]
-    units: np.ndarray[Any, Any]
-    """Number of the staging file."""
-    places: np.ndarray[Any, Any]
-    """Row in the staging file."""
-    splits: np.ndarray[Any, Any]
-    """train, val, test, or "" for what is left out."""
-    classes: list[str]
-    rejections: pa.Table
-    duplicates: int
-
-
-def _decide(units: int, staging: Store, settings: DataSettings, seed: int) -> _Plan:
-    tables, numbers, places, rejections = [], [], [], []
-    for number in range(units):
-        with staging.open(_unit_name(number)) as file:
-            table = pq.read_table(file, columns=list(_INDEX))
-        tables.append(table)
-        numbers.append(np.full(table.num_rows, number))
-        places.append(np.arange(table.num_rows))
-        rejections.append(pq.read_table(io.BytesIO(staging.read_bytes(f"rejected-{_unit_name(number)}"))))
-    joined, rejected = pa.concat_tables(tables), pa.concat_tables(rejections)
-    index = {name: joined[name].to_pylist() for name in _INDEX}
-    _check_share(joined.num_rows, rejected, settings)
-    small = _small_classes(index["label"], settings)
-    splits = np.full(joined.num_rows, "", dtype="<U5")
-    candidates = [row for row, label in enumerate(index["label"]) if label not in small]
-    splits[candidates] = assign_splits(
-        [index["group"][row] for row in candidates],
-        [index["split"][row] for row in candidates],
-        settings.validation_share,
-        settings.test_share,
-        seed,
-    )
-    unique = keep_unique([index["digest"][row] for row in candidates], splits[candidates])
-    for row, kept in zip(candidates, unique, strict=True):
-        if not kept:
-            splits[row] = ""
-    empty = [split for split in SPLITS if not (splits == split).any()]
-    if empty:
-        raise InputError(
-            f"no pictures are left for {' and '.join(empty)} after leaving out duplicates\n"
-            "hint: add pictures that differ, or check data.group_column"
-        )
-    dropped = [
-        {"id": index["id"][row], "reason": f"its class {label!r} has a single picture"}
-        for row, label in enumerate(index["label"])
-        if label in small
-    ]
-    rejected = pa.concat_tables([rejected, pa.Table.from_pylist(dropped, _REJECTIONS)])
-    return _Plan(
-        index,
-        np.concatenate(numbers),
-        np.concatenate(places),
-        splits,
-        sorted(set(index["label"]) - small - {""}),
-        rejected.sort_by("id"),
-        int((~unique).sum()),
-    )
-
-
-def _check_share(readable: int, rejected: pa.Table, settings: DataSettings) -> None:
-    total = readable + rejected.num_rows
-    reasons = Counter(str(reason).split(":")[0] for reason in rejected["reason"].to_pylist())
-    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
-    first = "".join(f" (the first: {row['id']}: {row['reason']})" for row in rejected.slice(0, 1).to_pylist())
-    if readable == 0:
-        raise InputError(
-            f"no readable picture among the {total} of data.source={settings.source}: {listed}{first}\n"
-            "hint: check the files; PNG, JPEG, WebP, GIF, BMP and TIFF are read"
-        )
-    if rejected.num_rows > settings.max_rejected_share * total:
-        raise InputError(
-            f"{rejected.num_rows} of {total} pictures were rejected, more than "
-            f"data.max_rejected_share={settings.max_rejected_share:g}: {listed}{first}\n"
-            "hint: repair the source, or raise data.max_rejected_share"
-        )
-    if readable < 3:
-        raise InputError(
-            f"data.source={settings.source} has {readable} readable picture(s); "
-            "train, val and test need at least one each\nhint: give at least three pictures"
-        )
-
-
-def _small_classes(labels: list[str], settings: DataSettings) -> set[str]:
-    """Classes of a single picture that are to be left out."""
-    small = sorted(label for label, count in Counter(labels).items() if count == 1 and label)
-    if not small or settings.small_classes == "keep":
-        return set()
-    if settings.small_classes == "refuse":
-        shown = ", ".join(small[:5]) + (", …" if len(small) > 5 else "")
-        raise InputError(
-            f"{len(small)} class(es) have a single picture, which cannot be both learned and tested: {shown}\n"
-            "hint: add pictures, or set data.small_classes=drop (or keep)"
-        )
-    return set(small)
-
-
-def _class_rows(plan: _Plan, split: str) -> list[int]:
-    counts = Counter(label for label, found in zip(plan.index["label"], plan.splits, strict=True) if found == split)
-    return [counts[name] for name in plan.classes]
+def _decode(staging: Store, context: Context) -> list[str]:
+    """The staging files of all units, made now unless they are there."""
+    settings, listing, done = context.config.data, _Listing(), 0
+    jobs = listing.unfinished(list_units(settings), set(staging.files()))
+    for summary in map_units(lambda: _DecodeWorker(settings, staging), jobs, context.config.compute):
+        done += int(summary["pictures"])
+        context.progress.update(listing.finished + done, listing.pictures, "pictures")
+    return listing.names
 
 
 # ---- pass 3: write ----
@@ -279,52 +199,60 @@ class _ShardJob:
     """One shard: rows of staging files, in order."""
 
     name: str
-    units: tuple[int, ...]
-    places: tuple[tuple[int, ...], ...]
-    """Rows of each of those staging files."""
+    units: tuple[tuple[str, tuple[int, ...]], ...]
+    """Staging file, and rows of it."""
 
 
+@dataclass
 class _ShardWorker:
-    """Writes a shard from the staging files it needs, and a note beside them that it is done."""
+    """Writes a shard from the staging files it needs."""
 
-    def __init__(self, staging: Store, store: Store, classes: list[str]) -> None:
-        self.staging, self.store = staging, store
-        self.labels = {name: number for number, name in enumerate(classes)}
+    staging: Store
+    notes: Store
+    store: Store
+    classes: list[str]
 
-    def __call__(self, unit: _ShardJob) -> Summary:
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
+
+    def __call__(self, job: _ShardJob) -> Summary:
         """Write one shard."""
-        job = unit
         parts = []
-        for number, places in zip(job.units, job.places, strict=True):
-            with self.staging.open(_unit_name(number)) as file:
+        for name, places in job.units:
+            with self.staging.open(name) as file:
                 parts.append(pq.read_table(file).take(pa.array(places)))
         rows = pa.concat_tables(parts)
-        numbers = [self.labels.get(label, -1) for label in rows["label"].to_pylist()]
-        columns = {name: rows[name] for name in _SHARD.names if name != "label"}
-        shard = pa.table({**columns, "label": pa.array(numbers, pa.int64())}).select(_SHARD.names).cast(_SHARD)
-        return mark_finished(self.store, self.staging, job.name, to_parquet(shard), rows.num_rows)
+        labels = pa.array([self._numbers.get(label, -1) for label in rows["label"].to_pylist()], pa.int64())
+        columns = {name: labels if name == "label" else rows[name] for name in _SHARD.names}
+        shard = pa.table(columns).cast(_SHARD).combine_chunks()
+        return mark_finished(self.store, self.notes, job.name, to_parquet(shard), shard.num_rows)
 
 
-def _write_shards(plan: _Plan, staging: Store, store: Store, context: Context) -> dict[str, FileEntry]:
-    entries = finished_shards(store, staging)
-    waiting = [job for job in _shard_jobs(plan, context.config.data.shard_rows) if job.name not in entries]
-    total = int((plan.splits != "").sum())
-    done = total - sum(len(places) for job in waiting for places in job.places)
-    classes = plan.classes
-    for summary in map_units(lambda: _ShardWorker(staging, store, classes), waiting, context.config.compute):
+def _write_shards(plan: Plan, names: list[str], staging: Store, store: Store, context: Context) -> dict[str, FileEntry]:
+    # Notes count for one plan only: the source may have changed since an interrupted run wrote its shards.
+    notes = staging.child(plan.digest(names)[:16])
+    entries = finished_shards(store, notes)
+    clear_stale(store, staging, finished=entries)
+    total = sum(len(plan.rows(split)) for split in SPLITS)
+    written, classes = 0, plan.classes
+    waiting = [job for job in _shard_jobs(plan, names, context.config.data.shard_rows) if job.name not in entries]
+    before = total - sum(len(places) for job in waiting for _, places in job.units)
+    for summary in map_units(lambda: _ShardWorker(staging, notes, store, classes), waiting, context.config.compute):
         entries[str(summary["name"])] = FileEntry(int(summary["bytes"]), str(summary["sha256"]))
-        done += int(summary["rows"])
-        context.progress.update(done, total, "rows written")
+        written += int(summary["rows"])
+        context.progress.update(before + written, total, "rows written")
     return entries
 
 
-def _shard_jobs(plan: _Plan, shard_rows: int) -> list[_ShardJob]:
-    jobs = []
+def _shard_jobs(plan: Plan, names: list[str], shard_rows: int) -> Iterator[_ShardJob]:
     for split in SPLITS:
-        rows = np.flatnonzero(plan.splits == split)
+        rows = plan.rows(split)
         for number, (first, end) in enumerate(shard_bounds(len(rows), shard_rows)):
             mine = rows[first:end]
-            units = np.unique(plan.units[mine])
-            places = tuple(tuple(plan.places[mine[plan.units[mine] == unit]].tolist()) for unit in units)
-            jobs.append(_ShardJob(shard_name(split, number), tuple(units.tolist()), places))
-    return jobs
+            units, starts = np.unique(plan.units[mine], return_index=True)  # sorted, as the rows are
+            parts = np.split(plan.places[mine], starts[1:])
+            yield _ShardJob(
+                shard_name(split, number),
+                tuple((names[unit], tuple(places.tolist())) for unit, places in zip(units, parts, strict=True)),
+            )

@@ -28,10 +28,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from workflows.config import DataSettings
 
 # Only formats that Pillow decodes itself: others start programs (EPS) or are containers (PDF).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
-EXTENSIONS = frozenset(
-    extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN
-)
+_WANTED = {"PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF"}
+_BY_EXTENSION = Image.registered_extensions()  # also loads the decoders, so that OPEN is complete
+FORMATS = tuple(sorted(_WANTED & set(Image.OPEN)))
+EXTENSIONS = frozenset(extension for extension, kind in _BY_EXTENSION.items() if kind in FORMATS)
 
 
 class Rejected(Exception):  # noqa: N818 - an answer about one picture, not an error of the job
@@ -50,11 +50,11 @@ class Picture:
     """16 bytes: pictures of equal pixels have equal digests."""
 
 
-def prepare(content: bytes, seg: bytes | None, settings: DataSettings) -> Picture:
+def prepare(content: bytes | None, seg: bytes | None, settings: DataSettings) -> Picture:
     """A file's bytes as a picture of `settings.image_size`.
 
     Args:
-        content: the file.
+        content: the file; None when it could not be read at all.
         seg: a file with the picture's label map, of the same size, if there is one.
 
     Raises:
@@ -105,7 +105,9 @@ def _loaded(content: bytes, settings: DataSettings) -> Image.Image:
         return image
 
 
-def _decoded(content: bytes, settings: DataSettings) -> Image.Image:
+def _decoded(content: bytes | None, settings: DataSettings) -> Image.Image:
+    if content is None:
+        raise Rejected("unreadable: the source has no bytes for it")
     if not content:
         raise Rejected("empty: the file has no bytes")
     image = _loaded(content, settings)

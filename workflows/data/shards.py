@@ -1,7 +1,7 @@
 """Parquet shards of an artifact in the making: written whole, noted as finished, taken up again after a kill.
 
-While an artifact is made, its folder holds `staging/<request>/` with the notes and intermediate files of that request;
-shards that a note names are finished. A note is written after its shard, so a noted shard is whole.
+While an artifact is made, its folder holds `staging/<request>/` with the intermediate files and notes of that request.
+A note is written after its shard, so a noted shard is whole.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+from collections.abc import Collection
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from infra.storage import Store
 from workflows.artifacts import MANIFEST, FileEntry
 from workflows.data.distributed import Summary
 
-STAGING = "staging/"
+STAGING = "staging"
 _NOTE = "done-"
 
 
@@ -39,30 +40,34 @@ def to_parquet(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def mark_finished(store: Store, staging: Store, name: str, content: bytes, rows: int) -> Summary:
+def mark_finished(store: Store, notes: Store, name: str, content: bytes, rows: int) -> Summary:
     """Write a shard, then the note that it is finished, which is also what comes back."""
     store.write_bytes(name, content)
     note = {"name": name, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    staging.write_json(f"{_NOTE}{name}.json", note)
+    notes.write_json(f"{_NOTE}{name}.json", note)
     return note
 
 
-def finished_shards(store: Store, staging: Store) -> dict[str, FileEntry]:
+def finished_shards(store: Store, notes: Store) -> dict[str, FileEntry]:
     """The shards that notes name and that still have the noted size."""
     sizes = store.files()
-    notes = [staging.read_json(name) for name in staging.files() if name.startswith(_NOTE)]
+    found = [notes.read_json(name) for name in notes.files() if name.startswith(_NOTE)]
     return {
         note["name"]: FileEntry(note["bytes"], note["sha256"])
-        for note in notes
+        for note in found
         if sizes.get(note["name"]) == note["bytes"]
     }
 
 
-def clear_stale(store: Store, staging: Store) -> None:
-    """Take down what another request left in the artifact's folder, its manifest first."""
-    kept = f"{STAGING}{staging.url.rsplit('/', 1)[-1]}/"
+def clear_stale(store: Store, staging: Store, finished: Collection[str]) -> None:
+    """Take down what another request left in the artifact's folder, its manifest first.
+
+    Args:
+        staging: this request's own folder in it, which stays.
+        finished: names of this request's finished shards, which stay.
+    """
+    kept = f"{STAGING}/{staging.url.rsplit('/', 1)[-1]}/"
     names = store.files()
-    finished = {name.removeprefix(kept + _NOTE).removesuffix(".json") for name in names if name.startswith(kept)}
     if MANIFEST in names:
         store.delete(MANIFEST)
     for name in names:

@@ -1,17 +1,19 @@
 """Sources of pictures, cut into units of work that any machine can do alone.
 
 folder    every picture below a folder; class = the first sub-folder, when there are any
-tar       WebDataset shards: members of one key belong together; .cls or .txt or .json beside a picture
-parquet   an image column and optional columns for class, group, style, caption, split, license and label map
+tar       WebDataset shards: files of one key belong together; .cls, .txt or .json beside a picture
+parquet   an image column and optional columns for class, group, style, caption, split, license, label map and id
 emoji     the bundled parquet
 
-Listing reads names, tar headers and parquet footers only. A unit holds at most a few hundred pictures of one container,
-in a fixed order, so that units do not depend on who works on them.
+Listing reads names, tar headers and parquet footers only, one folder or container at a time, and yields units as it
+goes. A unit holds at most UNIT_PICTURES pictures of one container, in an order that follows from the source alone, and
+its name covers what it refers to: a changed source has other units.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -24,11 +26,13 @@ import pyarrow.parquet as pq
 
 from infra.errors import InputError
 from infra.storage import Store, open_store
+from workflows.artifacts import digest_of
 from workflows.config import DataSettings
 from workflows.data.pictures import EXTENSIONS
 
 BUNDLED = Path(__file__).parent / "bundled" / "emoji64.parquet"
 UNIT_PICTURES = 256
+_CONTAINERS = (".tar", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,37 @@ EMOJI = Columns("image", "group", "concept", "vendor", "caption", "seg", "split"
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Pictures of one container, in order."""
+class Located:
+    """Where one picture is."""
 
     kind: Literal["folder", "tar", "parquet"]
     folder: str
     """URL of the store."""
     name: str
     """The container's name in it; empty for a folder of files."""
-    members: tuple[Any, ...]
-    """Folder: file names. Tar: [key, {extension: [offset, bytes]}]. Parquet: [row group, row]."""
-    columns: Columns | None = None
+    member: tuple[Any, ...]
+    """Folder: (file name, bytes). Tar: (key, {extension: [offset, bytes]}). Parquet: (row group, row)."""
+    size: int = 0
+    """The container's bytes, which tell when it has changed."""
+    group: str | None = None
+    """What a limit keeps whole, where it is known without reading the picture."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Pictures of one container (and one row group of it), in order."""
+
+    kind: Literal["folder", "tar", "parquet"]
+    folder: str
+    name: str
+    size: int
+    members: tuple[tuple[Any, ...], ...]
+    columns: Columns
+
+    @property
+    def digest(self) -> str:
+        """Of everything the unit refers to."""
+        return digest_of([self.kind, self.folder, self.name, self.size, self.members, vars(self.columns)])
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,8 @@ class Raw:
     """A picture as the source has it."""
 
     id: str
-    content: bytes
+    content: bytes | None
+    """The file; None when the source has nothing there."""
     label: str = ""
     group: str = ""
     style: str = ""
@@ -78,115 +103,25 @@ class Raw:
     seg: bytes | None = None
 
 
-def list_units(settings: DataSettings) -> list[Unit]:
-    """The source's units.
+def list_units(settings: DataSettings) -> Iterator[Unit]:
+    """The source's units, as they are found.
 
     Raises:
         InputError: there is no such source, or nothing in it that could be a picture.
     """
-    located = _locate(settings.source)
+    columns = _columns(settings)
+    located = _locate(settings.source, columns)
     if settings.limit is not None:
         located = iter(_chosen(located, settings.limit))
-    units = list(_units(located, _columns(settings)))
-    if not units:
+    empty = True
+    for unit in _units(located, columns):
+        empty = False
+        yield unit
+    if empty:
         raise InputError(
             f"no pictures in data.source: {settings.source}\n"
             "hint: give a folder with pictures, .tar shards or .parquet files (or `emoji`, the bundled set)"
         )
-    return units
-
-
-Located = tuple[Literal["folder", "tar", "parquet"], str, str, Any]
-"""Kind, store URL, container, member."""
-
-
-def _locate(source: str) -> Iterator[Located]:
-    """Every picture's place, in a fixed order."""
-    if source == "emoji":
-        yield from _parquet_rows(Store(str(BUNDLED.parent)), BUNDLED.name)
-        return
-    store = open_store(source).quick()
-    parent, _, base = store.url.rpartition("/")
-    if _is_container(base):
-        yield from _container(Store(parent, "quick"), base)
-        return
-    if store.is_local and not store.path.is_dir():
-        what = "is a single file" if store.path.exists() else "does not exist"
-        raise InputError(
-            f"data.source {what}: {source}\nhint: give a folder, .tar or .parquet, or `emoji` for the bundled set"
-        )
-    names = list(store.files())
-    containers = [name for name in names if _is_container(name)]
-    if containers:
-        for name in containers:
-            yield from _container(store, name)
-        return
-    for name in names:
-        if Path(name).suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in name.split("/")):
-            yield "folder", store.url, "", name
-
-
-def _is_container(name: str) -> bool:
-    return name.endswith((".tar", ".parquet"))
-
-
-def _container(store: Store, name: str) -> Iterator[Located]:
-    yield from _tar_members(store, name) if name.endswith(".tar") else _parquet_rows(store, name)
-
-
-def _damaged(store: Store, name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
-    return InputError(f"{store.url}/{name} cannot be read: {reason}\nhint: copy the file again, or leave it out")
-
-
-def _tar_members(store: Store, name: str) -> Iterator[Located]:
-    """Pictures of a WebDataset shard with the places of what belongs to them."""
-    groups: dict[str, dict[str, list[int]]] = {}
-    try:
-        with store.open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if member.isfile():
-                    head, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    key = f"{head}/{stem}" if head else stem
-                    groups.setdefault(key, {})[extension.lower()] = [member.offset_data, member.size]
-    except FileNotFoundError as error:
-        raise InputError(f"data.source does not exist: {store.url}/{name}\nhint: check the path") from error
-    except tarfile.TarError as error:
-        raise _damaged(store, name, error) from error
-    for key, parts in groups.items():
-        if _picture_part(parts) is not None:
-            yield "tar", store.url, name, [key, parts]
-
-
-def _picture_part(parts: Iterable[str]) -> str | None:
-    return next((extension for extension in parts if f".{extension.rpartition('.')[2]}" in EXTENSIONS), None)
-
-
-def _parquet_rows(store: Store, name: str) -> Iterator[Located]:
-    try:
-        with store.open(name) as file:
-            metadata = pq.ParquetFile(file).metadata
-    except FileNotFoundError as error:
-        raise InputError(f"data.source does not exist: {store.url}/{name}\nhint: check the path") from error
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(store, name, error) from error
-    for group in range(metadata.num_row_groups):
-        for row in range(metadata.row_group(group).num_rows):
-            yield "parquet", store.url, name, [group, row]
-
-
-def _chosen(located: Iterator[Located], limit: int) -> list[Located]:
-    """The `limit` pictures of the smallest hash, in the source's order."""
-    ranked = [
-        (
-            hashlib.blake2b(json.dumps([name, member]).encode(), digest_size=8).digest(),
-            position,
-            (kind, url, name, member),
-        )
-        for position, (kind, url, name, member) in enumerate(located)
-    ]
-    return [item for _, _, item in sorted(sorted(ranked)[:limit], key=lambda entry: entry[1])]
 
 
 def _columns(settings: DataSettings) -> Columns:
@@ -198,118 +133,97 @@ def _columns(settings: DataSettings) -> Columns:
     )  # fmt: skip
 
 
-def _units(located: Iterator[Located], columns: Columns) -> Iterator[Unit]:
-    """Consecutive pictures of one container and row group, at most UNIT_PICTURES together."""
-    key: tuple[Any, ...] | None = None
-    members: list[Any] = []
-
-    def unit() -> Unit:
-        assert key is not None
-        return Unit(key[0], key[1], key[2], tuple(members), columns if key[0] == "parquet" else None)
-
-    for kind, url, name, member in located:
-        found = (kind, url, name, member[0] if kind == "parquet" else None)
-        if members and (found != key or len(members) >= UNIT_PICTURES):
-            yield unit()
-            members = []
-        key = found
-        members.append(member)
-    if members:
-        yield unit()
-
-
-# ---- reading ----
-
-
-def read_unit(unit: Unit) -> Iterator[Raw]:
-    """The unit's pictures as the source has them, in order.
-
-    Raises:
-        InputError: the container cannot be read, or lacks a column.
-    """
-    store = Store(unit.folder)
-    match unit.kind:
-        case "folder":
-            for name in unit.members:
-                head, slash, _ = name.partition("/")
-                yield Raw(name, store.read_bytes(name), label=head if slash else "")
-        case "tar":
-            yield from _read_tar(store, unit)
-        case "parquet":
-            yield from _read_parquet(store, unit)
-
-
-def _read_tar(store: Store, unit: Unit) -> Iterator[Raw]:
-    with store.open(unit.name) as file:
-        for key, parts in unit.members:
-
-            def part(extension: str, parts: dict[str, list[int]] = parts) -> bytes:
-                offset, size = parts[extension]
-                file.seek(offset)
-                return bytes(file.read(size))
-
-            picture = _picture_part(parts)
-            assert picture is not None
-            described: dict[str, Any] = {}
-            if "json" in parts:
-                try:
-                    loaded = json.loads(part("json"))
-                    described = loaded if isinstance(loaded, dict) else {}
-                except ValueError:
-                    described = {}
-            text = part("txt").decode("utf-8", "replace").strip() if "txt" in parts else ""
-            label = part("cls").decode("utf-8", "replace").strip() if "cls" in parts else ""
-            yield Raw(
-                id=f"{unit.name}/{key}",
-                content=part(picture),
-                label=label or str(described.get("class") or described.get("label") or ""),
-                group=str(described.get("group") or ""),
-                style=str(described.get("style") or ""),
-                caption=text or str(described.get("caption") or ""),
-                split=str(described.get("split") or ""),
-                license=str(described.get("license") or ""),
-            )
-
-
-def _read_parquet(store: Store, unit: Unit) -> Iterator[Raw]:
-    assert unit.columns is not None
-    columns = unit.columns
-    try:
-        with store.open(unit.name) as file:
-            parquet = pq.ParquetFile(file)
-            present = parquet.schema_arrow.names
-            _check_columns(columns, present, f"{store.url}/{unit.name}")
-            wanted = [name for name in vars(columns).values() if name in present]
-            table = parquet.read_row_group(unit.members[0][0], columns=sorted(set(wanted)))
-    except pa.ArrowException as error:
-        raise _damaged(store, unit.name, error) from error
-    for group, row in unit.members:
-
-        def value(column: str | None, row: int = row) -> Any:
-            return table[column][row].as_py() if column in table.column_names else None
-
-        def text(column: str | None, row: int = row) -> str:
-            found = value(column, row)
-            return "" if found is None else str(found)
-
-        content = value(columns.image)
-        if isinstance(content, dict):  # the datasets library stores {"bytes": …, "path": …}
-            content = content.get("bytes")
-        seg = value(columns.seg)
-        yield Raw(
-            id=text(columns.id) or f"{unit.name}/{group}/{row}",
-            content=content if isinstance(content, bytes) else b"",
-            label=text(columns.label),
-            group=text(columns.group),
-            style=text(columns.style),
-            caption=text(columns.caption),
-            split=text(columns.split),
-            license=text(columns.license),
-            seg=seg if isinstance(seg, bytes) else None,
+def _locate(source: str, columns: Columns) -> Iterator[Located]:
+    """Every picture's place, in a fixed order."""
+    if source == "emoji":
+        yield from _parquet_rows(Store(str(BUNDLED.parent)), BUNDLED.name, columns)
+        return
+    store = open_store(source).quick()
+    if store.url.endswith(_CONTAINERS) and not (store.is_local and store.path.is_dir()):
+        parent, _, base = store.url.rpartition("/")
+        yield from _container(Store(parent, "quick"), base, columns)
+        return
+    if store.is_local and not store.path.is_dir():
+        what = "is a single file" if store.path.exists() else "does not exist"
+        raise InputError(
+            f"data.source {what}: {source}\nhint: give a folder, .tar or .parquet, or `emoji` for the bundled set"
         )
+    for name, size in _walked(store, source):
+        if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+            continue
+        if name.endswith(_CONTAINERS):
+            yield from _container(store, name, columns)
+        elif Path(name).suffix.lower() in EXTENSIONS:
+            yield Located("folder", store.url, "", (name, size))
 
 
-def _check_columns(columns: Columns, present: list[str], where: str) -> None:
+def _walked(store: Store, source: str) -> Iterator[tuple[str, int]]:
+    try:
+        yield from store.walk()
+    except FileNotFoundError as error:
+        raise InputError(f"data.source does not exist: {source}\nhint: check the path") from error
+
+
+def _container(store: Store, name: str, columns: Columns) -> Iterator[Located]:
+    yield from _tar_members(store, name) if name.endswith(".tar") else _parquet_rows(store, name, columns)
+
+
+def damaged(store: Store, name: str, error: Exception) -> InputError:
+    """The error for a container that cannot be read."""
+    reason = " ".join(str(error).split())
+    return InputError(f"{store.url}/{name} cannot be read: {reason}\nhint: copy the file again, or leave it out")
+
+
+def _missing(store: Store, name: str) -> InputError:
+    return InputError(f"data.source does not exist: {store.url}/{name}\nhint: check the path")
+
+
+def _tar_members(store: Store, name: str) -> Iterator[Located]:
+    """Pictures of a WebDataset shard with the places of what belongs to them."""
+    keyed: dict[str, dict[str, list[int]]] = {}
+    try:
+        with store.open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    head, slash, base = member.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    keyed.setdefault(f"{head}{slash}{stem}", {})[extension.lower()] = [member.offset_data, member.size]
+            size = int(file.seek(0, 2))
+    except FileNotFoundError as error:
+        raise _missing(store, name) from error
+    except tarfile.TarError as error:
+        raise damaged(store, name, error) from error
+    for key, parts in keyed.items():
+        if picture_part(parts) is not None:
+            yield Located("tar", store.url, name, (key, parts), size)
+
+
+def picture_part(parts: Iterable[str]) -> str | None:
+    """The extension of the picture among the files of a WebDataset key."""
+    return next((extension for extension in parts if f".{extension.rpartition('.')[2]}" in EXTENSIONS), None)
+
+
+def _parquet_rows(store: Store, name: str, columns: Columns) -> Iterator[Located]:
+    try:
+        with store.open(name) as file:
+            size = int(file.seek(0, 2))
+            parquet = pq.ParquetFile(file)
+            check_columns(columns, parquet.schema_arrow.names, f"{store.url}/{name}")
+            for number in range(parquet.metadata.num_row_groups):
+                groups: list[Any] = [None] * parquet.metadata.row_group(number).num_rows
+                if columns.group is not None:
+                    groups = parquet.read_row_group(number, columns=[columns.group])[columns.group].to_pylist()
+                for row, group in enumerate(groups):
+                    key = None if group is None else str(group)
+                    yield Located("parquet", store.url, name, (number, row), size, key)
+    except FileNotFoundError as error:
+        raise _missing(store, name) from error
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(store, name, error) from error
+
+
+def check_columns(columns: Columns, present: list[str], where: str) -> None:
+    """Raises InputError when a column that the settings name is not there."""
     for setting, column in (
         ("image_column", columns.image),
         ("class_column", columns.label),
@@ -320,3 +234,40 @@ def _check_columns(columns: Columns, present: list[str], where: str) -> None:
                 f"{where} has no column data.{setting}={column} ({', '.join(present)})\n"
                 f"hint: --set data.{setting}=NAME names another one"
             )
+
+
+def _chosen(located: Iterator[Located], limit: int) -> list[Located]:
+    """The `limit` pictures of the smallest hash, groups kept together as far as it goes, in the source's order."""
+
+    def rank(entry: tuple[int, Located]) -> tuple[bytes, bytes, int]:
+        position, item = entry
+        member = json.dumps([item.name, item.member[0] if item.kind != "parquet" else item.member])
+        return _hash(item.group if item.group is not None else member), _hash(member), position
+
+    return [item for _, item in sorted(heapq.nsmallest(limit, enumerate(located), key=rank), key=lambda pair: pair[0])]
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _units(located: Iterator[Located], columns: Columns) -> Iterator[Unit]:
+    """Consecutive pictures of one container and row group, at most UNIT_PICTURES together."""
+    members: list[Located] = []
+
+    def unit() -> Unit:
+        first = members[0]
+        return Unit(first.kind, first.folder, first.name, first.size, tuple(item.member for item in members), columns)
+
+    def belongs(item: Located) -> bool:
+        last = members[-1]
+        same_container = (item.kind, item.folder, item.name) == (last.kind, last.folder, last.name)
+        return same_container and (item.kind != "parquet" or item.member[0] == last.member[0])
+
+    for item in located:
+        if members and (len(members) >= UNIT_PICTURES or not belongs(item)):
+            yield unit()
+            members = []
+        members.append(item)
+    if members:
+        yield unit()

@@ -1,7 +1,8 @@
-"""Which picture goes where: splits by group, and exact duplicates. Pure functions on what a picture is called.
+"""Which picture goes where: splits by group, and exact duplicates. Pure functions on arrays of a few bytes a picture.
 
 A group (all drawings of one concept, all crops of one photograph) never spans two splits. Up to 100,000 groups the
-shares are met exactly, by rank of a hash, and no split is empty; beyond that a threshold on the hash needs no ranking.
+shares are met exactly, by rank of a hash; beyond that a threshold on the hash needs no ranking. Neither depends on the
+order of the pictures, and no split is ever empty.
 
 Axes: N pictures, in the source's order.
 """
@@ -9,7 +10,7 @@ Axes: N pictures, in the source's order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,94 +20,130 @@ from infra.errors import InputError
 Array = np.ndarray[Any, Any]
 
 SPLITS = ("train", "val", "test")
+TRAIN, VAL, TEST = range(3)
+NONE = -1
+"""In no split: not given by the source, or left out."""
+_ALIASES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 _EXACT_GROUPS = 100_000
-_ALIASES = {"validation": "val", "valid": "val", "dev": "val", "training": "train"}
 
 
-def group_rank(group: str, seed: int) -> float:
-    """A uniform number in [0, 1) that depends on the group and the seed alone."""
-    digest = hashlib.blake2b(f"{seed}\x1f{group}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def group_key(group: str) -> int:
+    """64 bits that stand for a group."""
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big")
+
+
+def split_number(name: str) -> int:
+    """The split that a source's own word names; NONE for an empty word.
+
+    Raises:
+        InputError: the word names none of ours.
+    """
+    if not name:
+        return NONE
+    word = _ALIASES.get(name.lower(), name.lower())
+    if word not in SPLITS:
+        raise InputError(
+            f"the source's split column must say train, val or test: {name}\nhint: rename the split, or the column"
+        )
+    return SPLITS.index(word)
+
+
+def group_ranks(keys: Array, seed: int) -> Array:
+    """(n,) uint64 uniform numbers that depend on (n,) uint64 group keys and the seed alone."""
+    mixed = keys ^ np.uint64(group_key(f"split {seed}"))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finalizer
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
 def assign_splits(
-    groups: Sequence[str], given: Sequence[str], validation_share: float, test_share: float, seed: int
+    keys: Array,
+    given: Array,
+    validation_share: float,
+    test_share: float,
+    seed: int,
+    name_of: Callable[[int], str] = str,
 ) -> Array:
-    """(N,) strings train, val or test.
+    """(N,) int8 numbers of SPLITS.
 
     Args:
-        groups: of each picture.
-        given: the source's own split of each picture, "" where it has none. Splits that the source never names are
-            filled from its training groups.
+        keys: (N,) uint64 keys of the pictures' groups.
+        given: (N,) the source's own split of each picture, or NONE; it holds for the whole group. A held-out split
+            that the source never names is filled from what is left for training.
+        name_of: what to call the group of a picture in an error, by the picture's position.
 
     Raises:
-        InputError: a split that is none of ours, a group in two of the source's splits, or fewer groups than splits.
+        InputError: a group in two of the source's splits, or fewer groups than splits.
     """
-    found = _given_by_group(groups, given)
-    present = set(found.values())
+    groups, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    named = _given_by_group(len(groups), inverse, given, lambda group: name_of(int(first[group])))
     wanted = {
-        split: share for split, share in (("test", test_share), ("val", validation_share)) if split not in present
+        split: share for split, share in ((TEST, test_share), (VAL, validation_share)) if not (named == split).any()
     }
-    free = sorted({group for group in groups if found.get(group, "train") == "train"})
+    free = np.flatnonzero((named == NONE) | (named == TRAIN))
     if len(free) < len(wanted) + 1:
         raise InputError(
-            f"{len(set(groups))} group(s) of pictures cannot fill the splits train, val and test\n"
+            f"{len(groups)} group(s) of pictures cannot fill the splits train, val and test\n"
             "hint: give at least three pictures (of three groups, when there are groups)"
         )
-    found |= dict.fromkeys(free, "train")
-    found |= _by_threshold(free, wanted, seed) if len(free) > _EXACT_GROUPS else _by_quota(free, wanted, seed)
-    return np.array([found[group] for group in groups])
+    found = np.where(named == NONE, TRAIN, named).astype(np.int8)
+    ranks = group_ranks(groups[free], seed)
+    taken = _by_threshold(ranks, wanted) if len(free) > _EXACT_GROUPS else _by_quota(ranks, wanted)
+    for split, places in taken.items():
+        found[free[places]] = split
+    return np.asarray(found[inverse])
 
 
-def _by_quota(free: list[str], wanted: dict[str, float], seed: int) -> dict[str, str]:
-    """The groups of lowest rank fill the held-out splits, at least one each; at least one group stays to train on."""
-    ranked = sorted(free, key=lambda group: (group_rank(group, seed), group))
-    found: dict[str, str] = {}
+def _by_quota(ranks: Array, wanted: dict[int, float]) -> dict[int, Array]:
+    """Places of the groups that each split takes: its exact share, at least one; at least one stays to train on."""
+    order = np.argsort(ranks, kind="stable")
+    taken: dict[int, Array] = {}
+    at, room = 0, len(ranks) - 1
     for number, (split, share) in enumerate(wanted.items()):
         still_to_fill = len(wanted) - number - 1
-        room = len(free) - 1 - len(found) - still_to_fill
-        count = min(max(1, round(share * len(free))), room)
-        found |= dict.fromkeys(ranked[len(found) : len(found) + count], split)
-    return found
+        count = min(max(1, round(share * len(ranks))), room - at - still_to_fill)
+        taken[split] = order[at : at + count]
+        at += count
+    return taken
 
 
-def _by_threshold(free: list[str], wanted: dict[str, float], seed: int) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for group in free:
-        rank, edge = group_rank(group, seed), 0.0
-        for split, share in wanted.items():
-            if edge <= rank < edge + share:
-                found[group] = split
-            edge += share
-    return found
+def _by_threshold(ranks: Array, wanted: dict[int, float]) -> dict[int, Array]:
+    uniform = ranks.astype(np.float64) / 2.0**64
+    taken: dict[int, Array] = {}
+    edge = 0.0
+    for split, share in wanted.items():
+        places = np.flatnonzero((uniform >= edge) & (uniform < edge + share))
+        # A share that is less than one group in all still gets one, from the other end of the ranks.
+        taken[split] = places if len(places) else np.argsort(ranks)[-1 - len(taken) :][:1]
+        edge += share
+    return taken
 
 
-def _given_by_group(groups: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for group, raw in zip(groups, given, strict=True):
-        if not raw:
-            continue
-        split = _ALIASES.get(raw, raw)
-        if split not in SPLITS:
+def _given_by_group(count: int, inverse: Array, given: Array, name_of: Callable[[int], str]) -> Array:
+    """(groups,) int8 split that the source names for each group, or NONE."""
+    named = np.full(count, NONE, dtype=np.int8)
+    for split in range(len(SPLITS)):
+        mine = np.unique(inverse[given == split])
+        clash = mine[named[mine] != NONE]
+        if len(clash):
             raise InputError(
-                f"the source's split column must say train, val or test: {raw}\nhint: rename the split, or the column"
-            )
-        if named.setdefault(group, split) != split:
-            raise InputError(
-                f"the group {group!r} is in two of the source's splits, {named[group]} and {split}\n"
+                f"the group {name_of(int(clash[0]))!r} is in two of the source's splits, "
+                f"{SPLITS[int(named[clash[0]])]} and {SPLITS[split]}\n"
                 "hint: keep a group in one split, or drop the split column"
             )
+        named[mine] = split
     return named
 
 
-def keep_unique(digests: Sequence[str], splits: Array) -> Array:
-    """(N,) bool: of equal pictures one stays, a held-out one (test, then val) before a training one."""
-    order = {split: place for place, split in enumerate(reversed(SPLITS))}
-    best: dict[str, tuple[int, int]] = {}
-    for index, (digest, split) in enumerate(zip(digests, splits, strict=True)):
-        rank = (order[str(split)], index)
-        if digest not in best or rank < best[digest]:
-            best[digest] = rank
+def keep_unique(digests: Array, splits: Array) -> Array:
+    """(N,) bool: of equal pictures one stays, a held-out one (test, then val) before a training one, else the first.
+
+    Args:
+        digests: (N,) fixed-width bytes, equal for equal pictures.
+        splits: (N,) numbers of SPLITS.
+    """
+    order = np.lexsort((np.arange(len(digests)), -splits.astype(np.int64), digests))
+    ordered = digests[order]
     kept = np.zeros(len(digests), dtype=bool)
-    kept[[index for _, index in best.values()]] = True
+    kept[order[np.concatenate([[True], ordered[1:] != ordered[:-1]])]] = True
     return kept

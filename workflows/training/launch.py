@@ -1,6 +1,7 @@
 """The driver's side of training: Ray Train runs the workers, and what they report is shown and tracked here.
 
-Ray restarts the workers after a failure and they go on from our newest checkpoint; Ray's own checkpoints are not used.
+When a worker or its machine is lost the group starts again and goes on from our newest checkpoint; an error in the
+program would only come again, and ends the job at once. Ray's own checkpoints and retries are not used.
 """
 
 from __future__ import annotations
@@ -99,25 +100,29 @@ def run_job(job: TrainingJob, context: Context) -> int:
     import ray
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    failures: list[BaseException] = []
+    records, restarts = 0, 0
+    while True:
+        failures: list[BaseException] = []
 
-    def fit() -> None:
-        try:
-            _fit(job, mailbox)
-        except BaseException as error:  # handed to the main thread below
-            failures.append(error)
+        def fit(failures: list[BaseException] = failures) -> None:
+            try:
+                _fit(job, mailbox)
+            except BaseException as error:  # handed to the main thread below
+                failures.append(error)
 
-    # In a thread, because Ray Train takes Ctrl-C for itself on the main one; a daemon, so that it can be abandoned.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    records = 0
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
-        records += _show(ray.get(mailbox.take.remote()), context)
-    if failures:
-        raise _explained(failures[0])
-    ray.kill(mailbox)
-    return records
+        # In a thread, because Ray Train takes Ctrl-C for itself on the main one; a daemon, so that it can be abandoned.
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            records += _show(ray.get(mailbox.take.remote()), context)
+        if not failures:
+            ray.kill(mailbox)
+            return records
+        if not _lost_a_worker(failures[0]) or (0 <= compute.max_failures <= restarts):
+            raise _explained(failures[0])
+        restarts += 1
+        context.progress.say(f"  a worker was lost; restart {restarts} goes on from the newest checkpoint")
 
 
 def _fit(job: TrainingJob, mailbox: Any) -> None:
@@ -144,7 +149,7 @@ def _fit(job: TrainingJob, mailbox: Any) -> None:
                 name=name,
                 storage_path=path,
                 storage_filesystem=filesystem,
-                failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+                failure_config=ray.train.FailureConfig(max_failures=0),  # `run_job` decides what is worth a restart
             ),
         ).fit()
     finally:
@@ -166,15 +171,32 @@ def _show(messages: list[tuple[str, Any]], context: Context) -> int:
     return records
 
 
-def _explained(error: BaseException) -> BaseException:
-    """The error of the worker that failed first, where Ray wrapped it."""
+def _causes(error: BaseException) -> list[BaseException]:
+    """The errors that Ray wrapped, rank by rank, innermost last."""
     failures = getattr(error, "worker_failures", None) or {}
+    found: list[BaseException] = []
     for rank in sorted(failures):
         cause: BaseException | None = failures[rank]
         while cause is not None:
-            if isinstance(cause, InputError | EnvironmentFailure):
-                return cause
-            if isinstance(cause, ValueError) and "\nhint:" in str(cause):
-                return InputError(str(cause))
+            found.append(cause)
             cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
+    return found
+
+
+def _lost_a_worker(error: BaseException) -> bool:
+    """Whether a process or machine went away; its peers then fail with broken connections."""
+    import ray.exceptions
+
+    lost = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError, ray.exceptions.WorkerCrashedError)
+    return any(isinstance(cause, (*lost, ray.exceptions.NodeDiedError)) for cause in _causes(error))
+
+
+def _explained(error: BaseException) -> BaseException:
+    """What a worker met, in its own words where they are meant for the user."""
+    causes = _causes(error)
+    for cause in causes:
+        if isinstance(cause, InputError | EnvironmentFailure):
+            return cause
+        if isinstance(cause, ValueError) and "\nhint:" in str(cause):
+            return InputError(str(cause))
+    return RuntimeError(f"a training worker failed: {causes[-1]!r}").with_traceback(None) if causes else error
