@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvqd_model.randomness import derive_key
-from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
+from workflows.artifacts import Manifest, check_files, digest_of, find_manifest, read_manifest, write_manifest
 from workflows.context import Context
 from workflows.evaluation_figures import (
     Figure,
@@ -75,8 +75,9 @@ def evaluate(context: Context) -> Manifest:
     with tempfile.TemporaryDirectory(prefix="hvqd-evaluation-") as folder:
         subject = gather(context, parents, Parts(store, request), Path(folder))
         figures, pictures = _judge(subject)
+        protocol = _protocol(subject, parents["dataset"].digest)
         content = {
-            "protocol": _protocol(subject, figures),
+            "protocol": {**protocol, "n": {name: figure.n for name, figure in sorted(figures.items())}},
             "figures": {name: figure.json for name, figure in sorted(figures.items())},
             "grids": {name: grid.layout for name, grid in pictures.items()},
         }
@@ -95,7 +96,7 @@ def evaluate(context: Context) -> Manifest:
         "evaluation",
         request,
         {kind: parent.digest for kind, parent in parents.items()},
-        facts={"figures": values},
+        facts={"figures": values, "protocol_digest": digest_of(protocol)},
         provenance={
             "seconds": round(time.monotonic() - started, 1),
             "workers": 1,
@@ -167,9 +168,11 @@ def _bits(subject: Subject) -> list[NDArray[np.float64]]:
     return list(subject.parts.array("bits", make))
 
 
-def _protocol(subject: Subject, figures: Mapping[str, Figure]) -> dict[str, Any]:
+def _protocol(subject: Subject, dataset: str) -> dict[str, Any]:
+    """How the figures are made: versions are comparable exactly when this is equal."""
     config = subject.context.config
     return {
+        "dataset": dataset,
         "split": "test",
         "reference": f"{len(subject.test.ids)} test pictures of {len(np.unique(subject.test.groups))} concepts",
         "pictures": "8-bit RGB on the dataset's background, at the size of the dataset",
@@ -191,5 +194,4 @@ def _protocol(subject: Subject, figures: Mapping[str, Figure]) -> dict[str, Any]
         "nearest": "median Euclidean feature distance to the nearest training picture",
         "usage": "usage and perplexity over the codes of all splits",
         "bits": f"upper bound, {_BITS_DRAWS} noise levels a picture; bits_l a code, bits_total a picture",
-        "n": {name: figure.n for name, figure in sorted(figures.items())},
     }
