@@ -1,0 +1,50 @@
+"""What several tests share: one finished run of the whole path, and real servers on free loopback ports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command_line import environment, run_hvqd
+from tests.services import S3Server, mlflow_server, seaweedfs
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A whole path that ended well; read it, never change it."""
+
+    root: Path
+    result: dict[str, Any]
+    """The JSON object of `hvqd run --json`: status, root, version, champion, report, digests."""
+    cwd: Path
+    """The folder the command ran in; its `.hvqd/logs` has the logs."""
+    env: dict[str, str]
+    """The environment it ran in."""
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The preset `integration`, run once a session on a local root."""
+    folder = tmp_path_factory.mktemp("finished")
+    env = environment(folder)
+    root = folder / "run"
+    done = run_hvqd("run", "--preset", "integration", "--root", str(root), "--json", cwd=folder, env=env)
+    return FinishedRun(root, done.succeeded().answer, folder, env)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with one empty bucket."""
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mlflow_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server on sqlite."""
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address

@@ -1,0 +1,150 @@
+"""Real servers for tests, on free loopback ports, each in a process group of its own that is killed in the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import botocore.config
+import botocore.exceptions
+
+_BIN = Path(sys.executable).parent
+_START_SECONDS = 90.0
+_POLL_SECONDS = 0.1
+_LOG_TAIL = 3_000
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server."""
+
+    endpoint: str
+    bucket: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a client of it needs in its environment."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports nobody listens on, below the range the kernel hands out to clients."""
+    with ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            port = random.randrange(20_000, 32_000)
+            candidate = held.enter_context(socket.socket())
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            ports.append(port)
+        return ports
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[S3Server]:
+    """SeaweedFS's S3 gateway with one bucket; SIGKILL ends it, because it takes its time over SIGTERM."""
+    names = ("master", "filer", "volume", "s3", "admin")
+    ports = free_ports(2 * len(names))
+    endpoint = f"http://127.0.0.1:{ports[names.index('s3')]}"
+    server = S3Server(endpoint, "hvqd", "test-access-key", "test-secret-key-0123456789")
+    flags = [f"-{name}.port={ports[index]}" for index, name in enumerate(names)]
+    flags += [f"-{name}.port.grpc={ports[len(names) + index]}" for index, name in enumerate(names)]
+    command = [
+        *(str(_BIN / "weed"), "-logtostderr", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+        *(*flags, "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+        f"-bucket={server.bucket}",
+    ]
+
+    def probe() -> None:
+        client = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=server.access_key,
+            aws_secret_access_key=server.secret_key,
+            config=botocore.config.Config(connect_timeout=5, read_timeout=5, retries={"total_max_attempts": 1}),
+        )
+        client.put_object(Bucket=server.bucket, Key="ready", Body=b"")
+        client.delete_object(Bucket=server.bucket, Key="ready")
+
+    with _running(f"SeaweedFS at {endpoint}", command, server.env, folder, probe):
+        yield server
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """MLflow's server on sqlite with its artifacts in `folder`, which clients on this machine write directly."""
+    port = free_ports(1)[0]
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+        *("--default-artifact-root", f"{folder}/artifacts", "--no-serve-artifacts"),
+    ]
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1"}
+    address = f"http://127.0.0.1:{port}"
+
+    def probe() -> None:
+        urllib.request.urlopen(f"{address}/health", timeout=5).close()
+
+    with _running(f"MLflow at {address}", command, settings, folder, probe):
+        yield address
+
+
+@contextmanager
+def _running(
+    name: str, command: Sequence[str], settings: Mapping[str, str], folder: Path, probe: Callable[[], None]
+) -> Iterator[None]:
+    """The server from the first time that `probe` does not raise; its log lies in `folder`."""
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **settings},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _await(name, process, probe, log)
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _await(name: str, process: subprocess.Popen[bytes], probe: Callable[[], None], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    problem: Exception | None = None
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            return probe()
+        except (OSError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+            problem = error
+        time.sleep(_POLL_SECONDS)
+    ended = "it still runs" if process.returncode is None else f"it ended with status {process.returncode}"
+    tail = log.read_text(errors="replace")[-_LOG_TAIL:]
+    raise AssertionError(f"{name} was not ready within {_START_SECONDS:.0f} s ({ended}): {problem}\n{tail}")
