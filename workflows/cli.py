@@ -38,7 +38,7 @@ def run(job: Job) -> None:
     """The whole path: dataset, tokenizer, codes, prior, evaluation, registration, promotion and a report."""
     if _planned(job):
         return
-    pipeline = _open(job)
+    pipeline = _open(job, makes_dataset=True)
     result = pipeline.run()
     model = job.config.tracking.model_name
     text = "\n".join(
@@ -57,7 +57,7 @@ def run(job: Job) -> None:
 def _step(job: Job, kind: str) -> None:
     if _planned(job, kind):
         return
-    pipeline = _open(job)
+    pipeline = _open(job, makes_dataset=kind == "dataset")
     manifest = pipeline.step(kind)
     folder = f"{pipeline.root.url}/{kind}"
     job.answer({"status": 0, "artifact": folder, "digest": manifest.digest, "facts": dict(manifest.facts)}, folder)
@@ -225,15 +225,23 @@ def _planned(job: Job, kind: str | None = None) -> bool:
     return True
 
 
-def _open(job: Job) -> Pipeline:
-    """The job's pipeline on a root that was found writable, with a tracker that was found to answer."""
+def _open(job: Job, *, makes_dataset: bool = False) -> Pipeline:
+    """The job's pipeline on a root that was found writable, with a tracker that was found to answer.
+
+    Args:
+        makes_dataset: look at the pictures' source first, so that a wrong one leaves nothing in the root.
+    """
     config = job.config
     job.quiet()
     from infra.storage import open_store
     from workflows.loading import remember
-    from workflows.pipeline import Pipeline, tracker_for
+    from workflows.pipeline import Pipeline, state_of, tracker_for
 
     root = open_store(config.root)
+    if makes_dataset and state_of("dataset", config, root.quick())[0] != "current":
+        from workflows.data.sources import check_source
+
+        check_source(config.data)
     if job.preset is None and job.config_file is None:
         job.say(f"settings of the preset {config_name(job, config)}; root {root.url}")
     root.check_writable()

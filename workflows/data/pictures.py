@@ -27,8 +27,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from workflows.config import DataSettings
 
-# Only formats that Pillow decodes itself: others start programs (EPS) or are containers (PDF).
-_WANTED = {"PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF"}
+# Only formats that Pillow decodes itself and whose header tells the size: others start programs (EPS), are containers
+# (PDF), or hold pictures that are inflated on opening (ICO).
+_WANTED = {"PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF"}
 _BY_EXTENSION = Image.registered_extensions()  # also loads the decoders, so that OPEN is complete
 FORMATS = tuple(sorted(_WANTED & set(Image.OPEN)))
 EXTENSIONS = frozenset(extension for extension, kind in _BY_EXTENSION.items() if kind in FORMATS)
@@ -119,7 +120,10 @@ def _decoded(content: bytes | None, settings: DataSettings) -> Image.Image:
 
 def _label_map(content: bytes, settings: DataSettings) -> Image.Image:
     """One byte a pixel: greys as they are, palettes by their index."""
-    image = _loaded(content, settings)
+    try:
+        image = _loaded(content, settings)
+    except Rejected as reason:
+        raise Rejected(f"label map: {reason}") from reason
     if image.mode not in ("L", "P", "1"):
         raise Rejected(f"label map: mode {image.mode}, not one byte a pixel")
     return Image.fromarray(np.asarray(image).astype(np.uint8))

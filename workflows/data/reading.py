@@ -109,19 +109,20 @@ def _parquet_row(unit: Unit, batch: pa.RecordBatch, row: int, place: str) -> Raw
         found = value(column)
         return "" if found is None else str(found)
 
+    def encoded(column: str | None) -> bytes | None:
+        found = value(column)
+        found = found.get("bytes") if isinstance(found, dict) else found
+        return found if isinstance(found, bytes) else None
+
     columns = unit.columns
-    content = value(columns.image)
-    if isinstance(content, dict):
-        content = content.get("bytes")
-    seg = value(columns.seg)
     return Raw(
         id=text(columns.id) or place,
-        content=content if isinstance(content, bytes) else None,
+        content=encoded(columns.image),
         label=text(columns.label),
         group=text(columns.group),
         style=text(columns.style),
         caption=text(columns.caption),
         split=text(columns.split),
         license=text(columns.license),
-        seg=seg if isinstance(seg, bytes) else None,
+        seg=encoded(columns.seg),
     )

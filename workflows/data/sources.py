@@ -124,6 +124,15 @@ def list_units(settings: DataSettings) -> Iterator[Unit]:
         )
 
 
+def check_source(settings: DataSettings) -> None:
+    """Look at the source's beginning, within seconds and before anything is written.
+
+    Raises:
+        InputError: there is no such source, or nothing in it that could be a picture.
+    """
+    next(list_units(settings.model_copy(update={"limit": None})))  # a limit would walk through all of it
+
+
 def _columns(settings: DataSettings) -> Columns:
     if settings.source == "emoji":
         return EMOJI
@@ -149,12 +158,17 @@ def _locate(source: str, columns: Columns) -> Iterator[Located]:
             f"data.source {what}: {source}\nhint: give a folder, .tar or .parquet, or `emoji` for the bundled set"
         )
     for name, size in _walked(store, source):
-        if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+        if _is_hidden(name):
             continue
         if name.endswith(_CONTAINERS):
             yield from _container(store, name, columns)
         elif Path(name).suffix.lower() in EXTENSIONS:
             yield Located("folder", store.url, "", (name, size))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file is one that people do not see, or a Mac's note about another file."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.removeprefix("./").split("/"))
 
 
 def _walked(store: Store, source: str) -> Iterator[tuple[str, int]]:
@@ -184,7 +198,7 @@ def _tar_members(store: Store, name: str) -> Iterator[Located]:
     try:
         with store.open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                if member.isfile():
+                if member.isfile() and not _is_hidden(member.name):
                     head, slash, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
                     keyed.setdefault(f"{head}{slash}{stem}", {})[extension.lower()] = [member.offset_data, member.size]
@@ -199,8 +213,9 @@ def _tar_members(store: Store, name: str) -> Iterator[Located]:
 
 
 def picture_part(parts: Iterable[str]) -> str | None:
-    """The extension of the picture among the files of a WebDataset key."""
-    return next((extension for extension in parts if f".{extension.rpartition('.')[2]}" in EXTENSIONS), None)
+    """The extension of the picture among the files of a WebDataset key: `png` comes before `mask.png`."""
+    pictures = [extension for extension in parts if f".{extension.rpartition('.')[2]}" in EXTENSIONS]
+    return min(pictures, key=lambda extension: extension.count("."), default=None)
 
 
 def _parquet_rows(store: Store, name: str, columns: Columns) -> Iterator[Located]:
