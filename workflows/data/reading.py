@@ -97,7 +97,7 @@ def _read_parquet(store: Store, unit: Unit) -> Iterator[Raw]:
                 at += batch.num_rows
                 if at > wanted[-1]:
                     return
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # Arrow reports a damaged page as an OSError
         raise damaged(store, unit.name, error) from error
 
 
