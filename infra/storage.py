@@ -34,6 +34,12 @@ Policy = Literal["patient", "quick"]
 _QUICK = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 2, "mode": "standard"}}
 _PATIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 5, "mode": "standard"}}
 
+_NO_ROOM = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this machine allows",
+}
+
 
 @functools.cache
 def _filesystem(scheme: str, policy: Policy, process: int) -> Any:
@@ -48,6 +54,8 @@ def _filesystem(scheme: str, policy: Policy, process: int) -> Any:
         filesystem.retries = 2 if quick else 5
         return filesystem
     try:
+        if scheme in ("http", "https"):
+            raise ValueError("it can only be read")
         return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
     except (ValueError, ImportError) as error:
         raise InputError(
@@ -61,23 +69,25 @@ def _explained(action: str, url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if url.startswith("s3") and "bucket" in str(error).lower():
+        if url.startswith("s3") and "bucket does not exist" in str(error):
             raise EnvironmentFailure(
                 f"cannot {action} {url}: the bucket does not exist\nhint: create it, or correct the root's name"
             ) from error
-        raise
+        if action != "write":
+            raise  # an answer to whoever asks for a file
+        raise EnvironmentFailure(f"cannot write {url}: {error}\nhint: choose a root that can be written") from error
     except PermissionError as error:
         raise EnvironmentFailure(
             f"cannot {action} {url}: permission denied ({error})\n"
             "hint: check the folder's owner, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for an object store"
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _NO_ROOM:
             raise EnvironmentFailure(
-                f"cannot {action} {url}: no space left on the device\n"
+                f"cannot {action} {url}: {_NO_ROOM[error.errno]}\n"
                 "hint: free some space or choose another --root; earlier artifacts are intact, the same command goes on"
             ) from error
-        if error.errno in (errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EIO):
+        if error.errno in (errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EIO, errno.ENAMETOOLONG):
             raise EnvironmentFailure(
                 f"cannot {action} {url}: {error}\nhint: choose a root that can be written"
             ) from error
@@ -210,24 +220,28 @@ class Store:
         sizes = {key[len(prefix) :]: int(info["size"]) for key, info in found.items() if key.startswith(prefix)}
         return {name: sizes[name] for name in sorted(sizes) if not name.endswith(".partial")}
 
-    def walk(self, below: str = "") -> Iterator[tuple[str, int]]:
+    def walk(self, below: str = "", entered: tuple[Path, ...] = ()) -> Iterator[tuple[str, int]]:
         """Relative name and bytes of every file below, one folder in memory at a time, in an order that does not vary.
 
         A link to a folder of this machine is followed, unless it leads back to where it lies.
+
+        Args:
+            below: only what lies in this sub-folder, which ends with a slash.
+            entered: the folders whose links were followed to get there.
         """
         with _explained("list", f"{self.url}/{below}"):
             found = self._fs.ls(self._key(below.rstrip("/")), detail=True)
         for info in sorted(found, key=lambda info: str(info["name"])):
             key = str(info["name"]).rstrip("/")
             name = below + key.rsplit("/", 1)[-1]
-            is_folder = info["type"] == "directory"
+            is_folder, through = info["type"] == "directory", entered
             if self.is_local and info.get("islink"):
                 target = Path(key).resolve()
-                is_folder = target.is_dir() and not Path(key).parent.resolve().is_relative_to(target)
-                if target.is_dir() and not is_folder:
+                is_folder, through = target.is_dir(), (*entered, Path(key).parent.resolve())
+                if is_folder and any(folder.is_relative_to(target) for folder in through):
                     continue
             if is_folder:
-                yield from self.walk(f"{name}/")
+                yield from self.walk(f"{name}/", through)
             elif not name.endswith(".partial") and key != self._key(below.rstrip("/")):
                 yield name, int(info["size"] or 0)
 
@@ -238,7 +252,8 @@ class Store:
                 found = self._fs.ls(self._key(), detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted({str(key).rstrip("/").rsplit("/", 1)[-1] for key in found} - {self.url.rsplit("/", 1)[-1], ""})
+        keys = {str(key).rstrip("/") for key in found} - {self._key()}  # S3 may list the folder's own marker
+        return sorted(name for key in keys if not (name := key.rsplit("/", 1)[-1]).endswith(".partial"))
 
     def upload(self, source: Path, name: str) -> None:
         """Copy a local file here, whole or not at all."""
@@ -297,21 +312,26 @@ class Store:
         """
         probe, content = f".probe-{uuid.uuid4().hex}", b"hvqd"
         quick = self.quick()
-        with _explained("write", self.url):
+        try:
             quick.write_bytes(probe, content)
-            if quick.read_bytes(probe) != content:
-                raise EnvironmentFailure(f"{self.url} does not return what was written\nhint: check the store")
+            found = quick.read_bytes(probe)
             quick.delete(probe)
+        except EnvironmentFailure as error:  # the user never asked for the probe
+            raise EnvironmentFailure(str(error).replace(f"{self.url}/{probe}", self.url)) from error
+        if found != content:
+            raise EnvironmentFailure(f"{self.url} does not return what was written\nhint: check the store")
 
 
 def open_store(url: str) -> Store:
     """The store at a path or URL; nothing is read or written.
 
     Raises:
-        InputError: the URL's scheme is not supported.
+        InputError: the URL's scheme is not supported, or nothing follows it.
     """
     if "://" not in url or url.startswith("file://"):
         return Store(str(Path(url.removeprefix("file://")).expanduser().resolve()))
+    if not url.split("://", 1)[1].split("/", 1)[0]:
+        raise InputError(f"the URL names no bucket: {url}\nhint: a local folder, or s3://bucket/prefix")
     store = Store(url.rstrip("/"))
     _ = store._fs
     return store
