@@ -248,7 +248,16 @@ def _batches(entries: list[Any], size: int) -> Iterable[list[Any]]:
 
 
 def open_tracker(uri: str | None, experiment: str, root: Store, scratch: Path = Path(".hvqd")) -> Tracker:
-    """The tracker at a URI; None keeps an sqlite store beside the artifacts (see the module's docstring)."""
+    """The tracker at a URI; None keeps an sqlite store beside the artifacts (see the module's docstring).
+
+    Raises:
+        InputError: the URI's password is stars, because it comes from what a root remembers.
+    """
+    if uri is not None and ":***@" in uri:
+        raise InputError(
+            f"the password of tracking.uri is not known: {uri}\nhint: a root does not remember it; pass --set "
+            "tracking.uri=… again, or keep it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from the start"
+        )
     if uri is not None:
         return Tracker(uri, None, experiment)
     if root.is_local:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infra.secrets import mask
 from workflows.job import Job, exit_status, with_options
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(job: Job) -> None:
             "next, try:",
             f"  hvqd sample --root {job.config.root} -n 16 --out samples.png",
             f"  hvqd evaluate --root {job.config.root} --set sampling.steps=8",
-            f"  mlflow ui --backend-store-uri {pipeline.tracker.uri}",
+            f"  mlflow ui --backend-store-uri {mask(pipeline.tracker.uri)}",
         ]
     )
     job.answer({"status": 0, **result}, text)

@@ -20,6 +20,7 @@ import typer
 
 from infra.errors import EnvironmentFailure, GateRefusal, InputError
 from infra.quiet import Streams, divert_noise, switch_off_telemetry
+from infra.secrets import mask
 from workflows.console import ConsoleProgress
 
 DEFAULT_PRESET = "tiny"
@@ -146,11 +147,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _fail(job: Job, error: BaseException) -> NoReturn:
     status, message = exit_status(error)
+    details = mask("".join(traceback.format_exception(error)))
     if job.debug and not isinstance(error, KeyboardInterrupt):
-        traceback.print_exception(error, file=job.streams.err)
+        job.streams.err.write(details)
     elif status == 1 and not isinstance(error, EnvironmentFailure):
-        traceback.print_exception(error)  # into the log
-    lines = message.splitlines()
+        sys.stderr.write(details)  # into the log
+    lines = mask(message).splitlines()
     print("\n".join(["error: " + lines[0], *lines[1:]]), file=job.streams.err, flush=True)
     if job.as_json:
         hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint:")]

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from infra.errors import InputError
+from infra.secrets import mask
 from infra.storage import Store
 from workflows.config import RunConfig
 
@@ -126,14 +127,14 @@ def read_remembered(root: Store) -> dict[str, Any] | None:
 
 
 def masked(config: RunConfig) -> RunConfig:
-    """The configuration with passwords in URLs replaced by stars, fit to be shown and stored."""
+    """The configuration with stars for passwords, fit to be shown and stored."""
     return RunConfig.model_validate(_mask(config.model_dump()))
 
 
 def _mask(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _mask(child) for key, child in value.items()}
-    return re.sub(r"(://[^/:@\s]+):[^/@\s]+@", r"\1:***@", value) if isinstance(value, str) else value
+    return mask(value) if isinstance(value, str) else value
 
 
 def to_yaml(config: RunConfig, *, documented: bool = True) -> str:
