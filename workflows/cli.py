@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,9 +48,9 @@ def run(job: Job) -> None:
             f"report    {result['report']}",
             f"champion  {model} version {result['champion']}",
             "next, try:",
-            f"  hvqd sample --root {job.config.root} -n 16 --out samples.png",
-            f"  hvqd evaluate --root {job.config.root} --set sampling.steps=8",
-            f"  mlflow ui --backend-store-uri {mask(pipeline.tracker.uri)}",
+            f"  {program('hvqd')} sample --root {job.config.root} -n 16 --out samples.png",
+            f"  {program('hvqd')} evaluate --root {job.config.root} --set sampling.steps=8",
+            f"  {program('mlflow')} ui --backend-store-uri {mask(pipeline.tracker.uri)}",
         ]
     )
     job.answer({"status": 0, **result}, text)
@@ -257,6 +258,14 @@ def config_name(job: Job, config: Any) -> str:
     from workflows.job import DEFAULT_PRESET
 
     return "the root remembers" if job.root is not None else DEFAULT_PRESET
+
+
+def program(name: str) -> str:
+    """How to call a program of this environment: by its name where that finds it, else by its path."""
+    here = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(here):
+        return name
+    return str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)
 
 
 def _context(job: Job, pipeline: Pipeline) -> Any:

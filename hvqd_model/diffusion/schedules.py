@@ -136,7 +136,7 @@ class Schedule:
     masked: Curve
 
     def __post_init__(self) -> None:
-        times = torch.linspace(0, 1, _CHECKED_TIMES, dtype=torch.float64)
+        times = torch.linspace(0, 1, _CHECKED_TIMES, dtype=torch.float64, device="cpu")
         kept, masked = self.kept.value(times), self.masked.value(times)
         # Between s < t: keep a_t/a_s <= 1, mask 1-(1-c_t)/(1-c_s) >= 0, replace >= 0 <=> a/(1-c) does not rise.
         unmasked_kept = torch.where(masked < 1, kept / (1 - masked).clamp_min(1e-300), torch.zeros_like(kept))
@@ -160,7 +160,7 @@ class Schedule:
     @property
     def is_absorbing(self) -> bool:
         """Whether every corrupted code is a mask."""
-        times = torch.linspace(0, 1, _CHECKED_TIMES, dtype=torch.float64)
+        times = torch.linspace(0, 1, _CHECKED_TIMES, dtype=torch.float64, device="cpu")
         return bool((self.replaced(times) < _TOLERANCE).all())
 
     @property

@@ -72,7 +72,7 @@ def _train(context: Context, stage: StageName) -> Manifest:
         stage,
         request,
         digests,
-        facts={"images": job.settings.images, **_last_figures(history)},
+        facts={"images": job.settings.images, **folder.read_json("summary.json"), **_last_figures(history)},
         provenance={
             "seconds": round(seconds, 1),
             "workers": context.config.compute.workers,

@@ -124,10 +124,12 @@ def build_prior(root: Store, config: RunConfig) -> HierarchicalPrior:
 def export(
     job: TrainingJob, stage: VQStage | PriorStage, weights: dict[str, torch.Tensor], history: list[Record]
 ) -> None:
-    """Write the model and the history to the stage's folder; the driver completes the artifact."""
+    """Write the model, the history and a summary to the stage's folder; the driver completes the artifact."""
     model = stage.model
     state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    parameters = sum(state[name].numel() for name, _ in model.named_parameters())  # under ZeRO-3 they are empty here
     with tempfile.TemporaryDirectory(prefix="hvqd-model-") as scratch:
         save_model(model, Path(scratch), state)
         job.folder.child("model").upload_folder(Path(scratch))
     job.folder.write_json("history.json", history)
+    job.folder.write_json("summary.json", {"parameters": parameters})
