@@ -6,6 +6,7 @@ program would only come again, and ends the job at once. Ray's own checkpoints a
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -20,6 +21,7 @@ from workflows.requests import PARENTS, request_of
 from workflows.training.worker import StageName, TrainingJob, train_worker
 
 _POLL_SECONDS = 0.3
+_HEALTH_CHECK_SECONDS = "0.5"  # Ray's 2 s would be spent several times in a stage's start and end
 _LEAVE_OUT = ("checkpoints/", "ray/")
 
 
@@ -126,6 +128,7 @@ def run_job(job: TrainingJob, context: Context) -> int:
 
 
 def _fit(job: TrainingJob, mailbox: Any) -> None:
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
