@@ -90,7 +90,7 @@ def load_bundle(folder: Path) -> LoadedBundle:
         InputError: there is none, or the two models do not belong together.
     """
     if (folder / DESCRIPTION).is_file():
-        described: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+        described = _described_by_bundle(folder)
         vq_folder, prior_folder = folder / "vq", folder / "prior"
     elif (folder / "vq" / "model").is_dir() and (folder / "prior" / "model").is_dir():
         described = _described_by_root(folder)
@@ -107,14 +107,19 @@ def load_bundle(folder: Path) -> LoadedBundle:
         raise InputError(
             f"the tokenizer and the prior at {folder} have different codes\nhint: train the prior on this tokenizer"
         )
-    sampling = described.get("sampling")
+    rows, classes = described["class_rows"], prior.config.classes
+    if len(rows) != len(classes):
+        raise InputError(
+            f"the data at {folder} has {len(rows)} classes, the prior knows {len(classes)}\n"
+            "hint: train the prior on this data"
+        )
     return LoadedBundle(
         vq=vq,
         prior=prior,
         classes=prior.config.classes,
-        class_rows=tuple(described["class_rows"]),
+        class_rows=tuple(rows),
         digest=models_digest(vq_folder, prior_folder),
-        sampling=SamplingSettings.model_validate(sampling) if sampling else None,
+        sampling=described["sampling"],
     )
 
 
@@ -127,12 +132,22 @@ def models_digest(vq: Path, prior: Path) -> str:
     return digest.hexdigest()
 
 
+def _described_by_bundle(folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / DESCRIPTION).read_text())
+        sampling = SamplingSettings.model_validate(value["sampling"])
+        return {"class_rows": [int(rows) for rows in value["class_rows"]], "sampling": sampling}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(repr(error).split())
+        raise InputError(f"{folder}/{DESCRIPTION} is damaged: {reason}\nhint: register or copy it again") from error
+
+
 def _described_by_root(folder: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((folder / "dataset" / "manifest.json").read_text())["facts"]
-    except (OSError, ValueError, KeyError) as error:
+        rows = json.loads((folder / "dataset" / "manifest.json").read_text())["facts"]["class_rows"]["train"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder}/dataset has no readable manifest, so the classes' names are unknown\n"
             "hint: `hvqd data build` makes it"
         ) from error
-    return {"class_rows": facts["class_rows"]["train"]}
+    return {"class_rows": rows, "sampling": None}

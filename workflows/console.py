@@ -18,7 +18,7 @@ class ConsoleProgress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._interactive = self._stream.isatty()
-        self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
+        self._console = Console(file=self._stream, highlight=False, soft_wrap=True, emoji=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._key: tuple[float, str] | None = None
@@ -63,9 +63,14 @@ class ConsoleProgress:
 
     def _draw(self, done: float, total: float, text: str) -> None:
         if self._bar is None:
-            columns = (TextColumn(" "), BarColumn(28), TextColumn("{task.description}"), TimeElapsedColumn())
+            columns = (
+                TextColumn(" "),
+                BarColumn(28),
+                TextColumn("{task.description}", markup=False),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, console=self._console, transient=True, refresh_per_second=4)
-            self._task = self._bar.add_task("", total=total)
+            self._task = self._bar.add_task(text, total=total, completed=done)
             self._bar.start()
         assert self._task is not None
         self._bar.update(self._task, completed=done, description=text)

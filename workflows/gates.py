@@ -58,9 +58,10 @@ def judge(
         comparable: whether both were evaluated by the same protocol on the same pictures.
     """
     levels = [value for name, value in figures.items() if name.startswith("usage_")]
+    usage = min(levels) if levels and all(map(math.isfinite, levels)) else None
     asked: list[tuple[str, str, float | None, float | None]] = [
         ("min_psnr", "PSNR on test pictures, dB", figures.get("psnr"), gates.min_psnr),
-        ("min_codebook_usage", "smallest codebook usage", min(levels, default=None), gates.min_codebook_usage),
+        ("min_codebook_usage", "smallest codebook usage", usage, gates.min_codebook_usage),
         (
             "max_kid_to_untrained",
             "KID of samples over KID of an untrained prior",
@@ -96,18 +97,15 @@ def judge(
 
 
 def _ratio(figures: Figures, above: str, below: str) -> float | None:
-    if above not in figures or not figures.get(below):
+    if above not in figures or not 0 < figures.get(below, 0.0) < math.inf:
         return None
     return figures[above] / figures[below]
 
 
 def _regression(figures: Figures, champion: Figures) -> float | None:
-    ratio = (
-        _ratio({"new": figures["kid_samples"], "old": champion["kid_samples"]}, "new", "old")
-        if ("kid_samples" in figures and "kid_samples" in champion)
-        else None
-    )
-    return None if ratio is None else ratio - 1
+    new, old = figures.get("kid_samples"), champion.get("kid_samples")
+    # An unbiased estimate of KID may fall below zero, where a ratio would call the worse one better.
+    return None if new is None or not old else (new - old) / abs(old)
 
 
 def _result(name: str, figure: str, value: float | None, threshold: float) -> GateResult:

@@ -1,0 +1,140 @@
+"""Promotion gates: each holds or fails by its own figure, and what was not shown does not count."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from workflows.config import GateSettings
+from workflows.gates import GateResult, judge
+
+GOOD = {
+    "psnr": 24.0,
+    "usage_0": 0.9,
+    "usage_1": 1.0,
+    "kid_samples": 0.1,
+    "kid_untrained": 0.5,
+    "kid_marginals": 0.4,
+    "class_accuracy_samples": 0.6,
+    "class_chance": 0.1,
+}
+GATES = GateSettings(
+    min_psnr=23.0,
+    min_codebook_usage=0.8,
+    max_kid_to_untrained=0.4,
+    max_kid_to_marginals=0.5,
+    min_class_accuracy_to_chance=3.0,
+    max_kid_regression=0.1,
+)
+
+
+def failed(results: list[GateResult]) -> list[str]:
+    return [result.name for result in results if not result.passed]
+
+
+def test_every_setting_is_a_gate_in_its_order() -> None:
+    results = judge(GOOD, GOOD, GATES, conditional=True)
+    assert [result.name for result in results] == list(GateSettings.model_fields) and len(results) == 6
+    assert failed(results) == []
+
+
+@pytest.mark.parametrize(
+    ("gate", "figures"),
+    [
+        ("min_psnr", {"psnr": 22.9}),
+        ("min_codebook_usage", {"usage_0": 0.79}),
+        ("min_codebook_usage", {"usage_1": 0.0}),
+        ("max_kid_to_untrained", {"kid_untrained": 0.24}),
+        ("max_kid_to_marginals", {"kid_marginals": 0.19}),
+        ("min_class_accuracy_to_chance", {"class_accuracy_samples": 0.29}),
+    ],
+)
+def test_a_figure_below_what_is_asked_fails_its_gate_alone(gate: str, figures: dict[str, float]) -> None:
+    assert failed(judge({**GOOD, **figures}, GOOD, GATES, conditional=True)) == [gate]
+
+
+def test_exactly_what_is_asked_holds() -> None:
+    gates = GateSettings(min_psnr=24.0, min_codebook_usage=0.9, max_kid_to_untrained=0.2)
+    results = judge({**GOOD, "kid_untrained": 0.5}, None, gates, conditional=False)
+    assert {result.name: result.passed for result in results if result.name in ("min_psnr", "min_codebook_usage")} == {
+        "min_psnr": True,
+        "min_codebook_usage": True,
+    }
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", sorted(GOOD))
+def test_a_figure_that_is_missing_or_no_number_fails_every_gate_it_enters(name: str, value: float | None) -> None:
+    figures = {key: number for key, number in GOOD.items() if key != name}
+    if value is not None:
+        figures[name] = value
+    elif name.startswith("usage_"):  # levels are what the figures say they are; without any there is no usage
+        figures = {key: number for key, number in figures.items() if not key.startswith("usage_")}
+    enters = {
+        "psnr": {"min_psnr"},
+        "usage_0": {"min_codebook_usage"},
+        "usage_1": {"min_codebook_usage"},
+        "kid_samples": {"max_kid_to_untrained", "max_kid_to_marginals", "max_kid_regression"},
+        "kid_untrained": {"max_kid_to_untrained"},
+        "kid_marginals": {"max_kid_to_marginals"},
+        "class_accuracy_samples": {"min_class_accuracy_to_chance"},
+        "class_chance": {"min_class_accuracy_to_chance"},
+    }
+    results = judge(figures, GOOD, GATES, conditional=True)
+    assert set(failed(results)) == enters[name]
+
+
+def test_gates_that_are_null_and_gates_that_do_not_apply_are_left_out() -> None:
+    nothing = GateSettings.model_validate(dict.fromkeys(GateSettings.model_fields))
+    assert judge({}, {}, nothing, conditional=True) == []
+    names = [result.name for result in judge(GOOD, None, GATES, conditional=False)]
+    assert "min_class_accuracy_to_chance" not in names and "max_kid_regression" not in names and len(names) == 4
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "growth"),
+    [
+        (0.11, 0.1, 0.1),
+        (0.12, 0.1, 0.2),
+        (0.05, 0.1, -0.5),
+        (0.1, -0.01, 11.0),
+        (-0.02, -0.01, -1.0),
+        (-0.1, 0.1, -2.0),
+    ],
+)
+def test_a_larger_kid_than_the_champions_is_growth_whatever_the_signs(new: float, old: float, growth: float) -> None:
+    result = judge({**GOOD, "kid_samples": new}, {"kid_samples": old}, GATES, conditional=True)[-1]
+    assert result.name == "max_kid_regression" and result.value == pytest.approx(growth)
+    assert result.passed == (result.value <= 0.1)
+
+
+def test_a_baseline_without_distance_shows_nothing() -> None:
+    for name in ("kid_untrained", "kid_marginals"):
+        for value in (0.0, -0.1):
+            gate = name.replace("kid_", "max_kid_to_")
+            assert failed(judge({**GOOD, name: value}, None, GATES, conditional=True)) == [gate]
+
+
+def test_a_champion_judged_by_another_protocol_is_not_compared() -> None:
+    result = judge(GOOD, GOOD, GATES, conditional=True, comparable=False)[-1]
+    assert (result.name, result.value, result.passed) == ("max_kid_regression", None, False)
+    assert "evaluated by another protocol: evaluate the champion anew" in result.as_text()
+
+
+def test_an_answer_is_one_line_for_people_and_json_for_records() -> None:
+    low, missing = judge({"psnr": 22.94321}, None, GATES, conditional=False)[:2]
+    assert low.as_text() == "min_psnr fails: PSNR on test pictures, dB is 22.94, at least 23 is asked"
+    assert missing.as_text() == "min_codebook_usage fails: smallest codebook usage is not shown, at least 0.8 is asked"
+    held = judge(GOOD, None, GATES, conditional=True)[2]
+    assert held.as_text().startswith("max_kid_to_untrained holds: ") and held.as_text().endswith("at most 0.4 is asked")
+    record = json.loads(json.dumps([low.as_json(), missing.as_json()], allow_nan=False))
+    assert record[0] == {
+        "gate": "min_psnr",
+        "figure": "PSNR on test pictures, dB",
+        "value": 22.94321,
+        "threshold": 23.0,
+        "passed": False,
+    }
+    assert record[1]["value"] is None
