@@ -279,7 +279,7 @@ def main() -> None:
     from typer._click.exceptions import NoArgsIsHelpError, UsageError
 
     try:
-        status = app(standalone_mode=False)  # a command's own typer.Exit comes back as its status
+        status = app(standalone_mode=False, prog_name="hvqd")  # a command's own typer.Exit comes back as its status
         sys.exit(status if isinstance(status, int) else 0)
     except NoArgsIsHelpError as error:
         print(error.format_message())  # noqa: T201
