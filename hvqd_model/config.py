@@ -44,8 +44,8 @@ class VQArchitecture(Settings):
     """A code used less than this share of the expected use is restarted; 0 never restarts."""
     level_dropout: float = Field(0.15, ge=0, le=1)
     """Probability, a picture, that only a prefix of the levels is decoded in training."""
-    width: int = Field(32, ge=8)
-    """Channels at the image's (unshuffled) resolution."""
+    width: int = Field(32, ge=8, multiple_of=4)
+    """Channels at the image's (unshuffled) resolution; a multiple of 4, the heads of the decoder's attention."""
     width_multipliers: tuple[int, ...] = (1, 3, 3)
     """Channel factors per halving after the pixel-unshuffle; the last repeats for deeper stages."""
     blocks: int = Field(1, ge=1)
@@ -76,6 +76,11 @@ class VQArchitecture(Settings):
         if any(size < 2 for size in self.codebook_sizes):
             raise ValueError(
                 f"codebook_sizes must be at least 2 each: {list(self.codebook_sizes)}\nhint: 1024 is a good start"
+            )
+        if not self.width_multipliers or any(multiplier < 1 for multiplier in self.width_multipliers):
+            raise ValueError(
+                f"width_multipliers must be one or more, each at least 1: {list(self.width_multipliers)}\n"
+                "hint: width_multipliers=[1,3,3]"
             )
         if any(stride < 1 or stride & (stride - 1) for stride in self.strides):
             raise ValueError(f"strides must be powers of two: {list(self.strides)}\nhint: for example strides=[8,4]")
@@ -180,3 +185,13 @@ class PriorConfig(PriorArchitecture):
     def tokens(self) -> int:
         """Codes an image, all levels together."""
         return sum(rows * columns for rows, columns in self.grids)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.grids or len(self.grids) != len(self.codebook_sizes):
+            raise ValueError(
+                "grids and codebook_sizes must have one entry a level: "
+                f"{len(self.grids)} and {len(self.codebook_sizes)}\n"
+                "hint: take both from the tokenizer's configuration"
+            )
+        return self

@@ -52,7 +52,7 @@ def load_model(folder: Path) -> Model:
         weights = load_file(folder / WEIGHTS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
-            f"no model at {folder}: {Path(error.filename or folder).name} is missing\n"
+            f"no model at {folder}: {CONFIG if not (folder / CONFIG).is_file() else WEIGHTS} is missing\n"
             f"hint: a model is a folder with {WEIGHTS} and {CONFIG}"
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -71,7 +71,7 @@ def load_model(folder: Path) -> Model:
 def _build(described: object, folder: Path) -> Model:
     kinds = {"HierarchicalVQ": _build_vq, "HierarchicalPrior": _build_prior}
     kind = described.get("kind") if isinstance(described, dict) else None
-    if not isinstance(described, dict) or kind not in kinds:
+    if not isinstance(described, dict) or not isinstance(kind, str) or kind not in kinds:
         raise ValueError(
             f"{folder / CONFIG} describes no model of ours: kind={kind} ({', '.join(kinds)})\n"
             "hint: point at a folder that save_model wrote"
@@ -80,7 +80,10 @@ def _build(described: object, folder: Path) -> Model:
         with torch.random.fork_rng(devices=[]):  # building draws weights that are about to be replaced
             return kinds[kind](described.get("config"))
     except ValidationError as error:
-        reason = " ".join(str(error).split())
+        reason = "; ".join(
+            ".".join(["config", *map(str, wrong["loc"])]) + ": " + wrong["msg"].splitlines()[0]
+            for wrong in error.errors()
+        )
         raise ValueError(f"{folder / CONFIG} is not valid: {reason}\nhint: export the model again") from error
 
 
