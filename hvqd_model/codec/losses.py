@@ -34,7 +34,8 @@ def ssim(pictures: Tensor, targets: Tensor, data_range: float) -> Tensor:
     """(B,) structural similarity of (B, 3, H, W) pictures, at most 1; the window shrinks to fit small pictures.
 
     Args:
-        data_range: largest minus smallest value a pixel can take (2 for [-1, 1]).
+        pictures, targets: pixels from 0 (black: the luminance term compares means as ratios) to `data_range`.
+        data_range: the largest value a pixel can take.
     """
     size = min(11, *(side - 1 + side % 2 for side in pictures.shape[-2:]))
     axis = torch.arange(size, dtype=torch.float32, device=pictures.device) - size // 2
