@@ -5,8 +5,7 @@ Three ways for levels to depend on each other, one decoder for all:
 features  top-down: the finer level quantizes its features together with what the coarser levels decode to (VQ-VAE-2,
           arXiv:1906.00446).
 residual  one latent at the finest grid; each level quantizes what the coarser levels left over, pooled to its grid
-(VAR,
-          arXiv:2404.02905, without its shared codebook).
+          (VAR, arXiv:2404.02905, without its shared codebook).
 nested    the finest level quantizes its own features; each coarser level is computed from the quantized finer one, so
           its codes are a function of the finer codes.
 
@@ -48,7 +47,7 @@ class VQOutput:
     loss: Tensor
     """Scalar."""
     metrics: dict[str, Tensor]
-    """Detached scalars: pixel (reconstruction loss of pictures with all levels), alignment_0 …"""
+    """Detached scalars: pixel (mean reconstruction loss, dropped levels and SSIM included), alignment_0 …"""
     statistics: tuple[CodebookStatistics, ...]
     """Of each level, for `update` after merging."""
 
@@ -118,7 +117,7 @@ class HierarchicalVQ(nn.Module):
         reconstruction = self.decoder.finish(x)
         error = pixel_loss(reconstruction, images, self.config.pixel_loss)
         if self.config.ssim_weight:
-            error = error + self.config.ssim_weight * (1 - ssim(reconstruction, images, data_range=2.0))
+            error = error + self.config.ssim_weight * (1 - ssim(reconstruction + 1, images + 1, data_range=2.0))
         alignment = torch.stack([level.loss for level in quantized])
         metrics = {"pixel": error.detach().mean()}
         metrics |= {f"alignment_{index}": level.loss.detach() for index, level in enumerate(quantized)}
@@ -238,7 +237,7 @@ class HierarchicalVQ(nn.Module):
         """Move the codebooks, once an optimizer step, by statistics merged over micro-batches and ranks.
 
         Returns:
-            Scalars by level: perplexity_0 and usage_0 of this step's codes, restarts_0.
+            Scalars by level: perplexity_0 of this step's codes, restarts_0.
         """
         metrics: dict[str, Tensor] = {}
         for level, found in enumerate(statistics):
@@ -295,7 +294,7 @@ class HierarchicalVQ(nn.Module):
                 "hint: pass what encode returns, or its first levels"
             )
         for level, found in enumerate(codes):
-            shape = (len(codes[0]), *self.config.grids[level])
+            shape = (*codes[0].shape[:1], *self.config.grids[level])
             size = self.config.codebook_sizes[level]
             if tuple(found.shape) != shape or found.dtype != torch.int64:
                 raise ValueError(

@@ -15,19 +15,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvqd_model.randomness import derive_key, split_keys, uniform
+from hvqd_model.randomness import derive_key, uniform
 
 Estimator = Literal["straight-through", "rotation"]
 
 _CHUNK_ELEMENTS = 1 << 22  # distances computed at once: 16 MiB in fp32
 _EPSILON = 1e-5
-_CANDIDATES = 256
+CANDIDATES = 256
+"""Vectors that a batch offers for restarts, whatever parts it was computed in."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class CodebookStatistics:
 def merge_statistics(a: CodebookStatistics, b: CodebookStatistics) -> CodebookStatistics:
     """The statistics of two parts of a batch together, however it was split."""
     priorities = torch.cat([a.candidate_priorities, b.candidate_priorities])
-    kept = torch.argsort(priorities, stable=True)[: max(len(a.candidate_priorities), len(b.candidate_priorities))]
+    kept = torch.argsort(priorities, stable=True)[:CANDIDATES]
     return CodebookStatistics(
         a.counts + b.counts,
         a.sums + b.sums,
@@ -56,9 +57,8 @@ def merge_statistics(a: CodebookStatistics, b: CodebookStatistics) -> CodebookSt
     )
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A quantizer's answer for N vectors."""
+class Quantized(NamedTuple):
+    """A quantizer's answer for N vectors; a tuple, because ZeRO-3 hooks the tensors of no other structure."""
 
     values: Tensor
     """(N, D) quantized vectors that carry the gradient to the encoder."""
@@ -89,8 +89,8 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def rotate_gradient(vectors: Tensor, quantized: Tensor) -> Tensor:
-    """(N, D) the quantized vectors, with the gradient rotated and rescaled from code to vector (arXiv:2410.06424, eq.
-    4).
+    """(N, D) the quantized vectors, with the gradient rotated and rescaled from code to vector (arXiv:2410.06424,
+    eq. 4).
 
     Where the two point in nearly opposite directions no rotation is defined, and the gradient goes straight through.
     """
@@ -118,18 +118,37 @@ def pass_gradient(vectors: Tensor, quantized: Tensor, estimator: Estimator) -> T
     raise ValueError(f"estimator must be straight-through or rotation: {estimator}\nhint: set estimator=rotation")
 
 
+def _spread_choice(vectors: Tensor, count: int, stream: int) -> Tensor:
+    """(count,) indices of vectors, each drawn in proportion to its squared distance from those drawn before.
+
+    k-means++ (Arthur and Vassilvitskii, SODA 2007): from an even choice, Lloyd's iterations leave some clusters with
+    two centres and others without, for good.
+    """
+    items = torch.arange(count, device=vectors.device)
+    draws = uniform(items, (1,), stream)
+    weights = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)
+    distances = torch.full_like(weights, torch.inf)
+    chosen = torch.zeros_like(items)
+    for place in range(count):
+        cumulative = weights.cumsum(0)
+        drawn = torch.searchsorted(cumulative, draws[place] * cumulative[-1], right=True).clamp_max(len(vectors) - 1)
+        chosen[place] = drawn[0]
+        distances = torch.minimum(distances, (vectors - vectors[drawn]).square().sum(1).double())
+        weights = distances
+    return chosen
+
+
 def kmeans(vectors: Tensor, clusters: int, key: int, iterations: int = 10) -> Tensor:
-    """(clusters, D) centres by Lloyd's iterations from a random choice of distinct vectors; deterministic in the key.
+    """(clusters, D) centres by Lloyd's iterations from a spread choice of vectors; deterministic in the key.
 
     An empty cluster moves to the vector that is farthest from its centre. With fewer vectors than clusters, the rest
     are vectors with a little noise.
     """
     vectors = vectors.float()
-    keys = split_keys(torch.arange(len(vectors), device=vectors.device), derive_key("kmeans", key))
-    order = torch.argsort(keys)
-    chosen = order[torch.arange(clusters, device=vectors.device) % len(order)]
-    centres = vectors[chosen].clone()
-    if clusters > len(vectors):
+    if clusters <= len(vectors):
+        centres = vectors[_spread_choice(vectors, clusters, derive_key("kmeans", key))]
+    else:
+        centres = vectors[torch.arange(clusters, device=vectors.device) % len(vectors)]
         noise = uniform(torch.arange(clusters, device=vectors.device), (vectors.shape[1],), derive_key("noise", key))
         centres += ((noise - 0.5) * 1e-3 * vectors.std()).float()
     for _ in range(iterations):
@@ -213,7 +232,7 @@ class Quantizer(nn.Module, ABC):
     def _statistics(self, z: Tensor, indices: Tensor, keys: Tensor) -> CodebookStatistics:
         counts = torch.bincount(indices, minlength=self.codes).float()
         sums = torch.zeros(self.codes, self.dim, device=z.device).index_add_(0, indices, z)
-        priorities, order = torch.topk(keys, min(_CANDIDATES, len(keys)), largest=False, sorted=True)
+        priorities, order = torch.topk(keys, min(CANDIDATES, len(keys)), largest=False, sorted=True)
         return CodebookStatistics(counts, sums, z[order], priorities)
 
     def _no_statistics(self, z: Tensor) -> CodebookStatistics:
@@ -257,7 +276,7 @@ class EMAQuantizer(Quantizer):
 
     @torch.no_grad()
     def start(self, vectors: Tensor, key: int) -> None:
-        """Begin with the centres of k-means; every code has the mean use of the pool."""
+        """Begin with the centres of k-means."""
         centres = kmeans(self.prepare(vectors), self.codes, key)
         self.embedding.copy_(F.normalize(centres, dim=1) if self.normalize else centres)
         self.counts.fill_(0.0)  # filled by the first update: see the debiased average there
@@ -274,7 +293,7 @@ class EMAQuantizer(Quantizer):
         if not bool(self.started):
             return torch.zeros((), device=device)
         n, s = statistics.counts.to(device), statistics.sums.to(device)
-        if not torch.isfinite(s).all():
+        if not torch.isfinite(s).all() or n.sum() == 0:
             return torch.zeros((), device=device)
         expected = n.sum() / self.codes
         if self.counts.sum() == 0:
@@ -342,13 +361,12 @@ class SimVQQuantizer(Quantizer):
             2 * torch.pi * uniform(items, (self.dim,), "angle")
         )
         self.register_buffer("frozen", (gaussian * self.dim**-0.5).float())
-        self.map = nn.Linear(self.dim, self.dim, bias=False)
-        nn.init.eye_(self.map.weight)
+        self.map = nn.Parameter(torch.eye(self.dim))  # no module of its own: ZeRO-3 gathers what is called
 
     @property
     def codebook(self) -> Tensor:
         """(K, D) fp32 code vectors."""
-        codes = F.linear(self.frozen, self.map.weight.float())
+        codes = F.linear(self.frozen, self.map.float())
         return F.normalize(codes, dim=1) if self.normalize else codes
 
     @property

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvqd_model.codec.quantizer import CodebookStatistics
+from hvqd_model.codec.quantizer import CANDIDATES, CodebookStatistics
 
 Value = TypeVar("Value")
 
@@ -88,5 +88,5 @@ def merge_over_ranks(statistics: CodebookStatistics) -> CodebookStatistics:
     sum_over_ranks(sums)
     priorities = gather_rows(statistics.candidate_priorities)
     candidates = gather_rows(statistics.candidates)
-    kept = torch.argsort(priorities, stable=True)[: len(statistics.candidate_priorities)]
+    kept = torch.argsort(priorities, stable=True)[:CANDIDATES]
     return CodebookStatistics(sums[:, 0].contiguous(), sums[:, 1:].contiguous(), candidates[kept], priorities[kept])
