@@ -12,6 +12,8 @@ from infra.errors import InputError
 from infra.secrets import mask
 from infra.tracking import client, explained
 
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -28,18 +30,19 @@ class Registry:
         """The version that an alias points to, or None when there is no such model or alias."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            return str(self.client.get_model_version_by_alias(model, alias).version)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
+        with explained(self.uri):
+            try:
+                return str(self.client.get_model_version_by_alias(model, alias).version)
+            except MlflowException as error:
+                if error.error_code in _ABSENT:
+                    return None
+                raise
 
     def set_alias(self, model: str, alias: str, version: str) -> None:
         """Point an alias to a version, and read it back: MLflow's last writer wins without a word."""
         with explained(self.uri):
             self.client.set_registered_model_alias(model, alias, version)
-            found = self.alias(model, alias)
+        found = self.alias(model, alias)
         if found != version:
             raise InputError(
                 f"the alias {alias} of {model} points to version {found}, not {version}: somebody else moved it\n"
@@ -106,13 +109,16 @@ class Registry:
     def _version(self, model: str, version: str) -> Any:
         from mlflow.exceptions import MlflowException
 
-        try:
-            return self.client.get_model_version(model, version)
-        except MlflowException as error:
-            raise InputError(
-                f"the registry at {mask(self.uri)} has no version {version} of the model {model}\n"
-                "hint: `hvqd register` makes one; --set tracking.model_name=NAME names another model"
-            ) from error
+        with explained(self.uri):
+            try:
+                return self.client.get_model_version(model, version)
+            except MlflowException as error:
+                if error.error_code not in _ABSENT:
+                    raise
+                raise InputError(
+                    f"the registry at {mask(self.uri)} has no version {version} of the model {model}\n"
+                    "hint: `hvqd register` makes one; --set tracking.model_name=NAME names another model"
+                ) from error
 
 
 def write_pyfunc(

@@ -51,7 +51,7 @@ def _filesystem(scheme: str, policy: Policy, process: int) -> Any:
         filesystem = s3fs.S3FileSystem(
             config_kwargs=_QUICK if quick else _PATIENT, use_listings_cache=False, skip_instance_cache=True
         )
-        filesystem.retries = 2 if quick else 5
+        filesystem.retries = 1 if quick else 5  # times those of botocore above
         return filesystem
     try:
         if scheme in ("http", "https"):

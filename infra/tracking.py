@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ _BATCH = 100
 _METRICS_A_BATCH = 1_000
 _LONGEST_VALUE = 6_000
 _ANSWER_SECONDS = 5
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 @cache
@@ -45,17 +47,36 @@ def client(uri: str, process: int) -> Any:
 def explained(uri: str) -> Iterator[None]:
     """Turn what MLflow raises when its store is away into two lines a user can act on."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # what MLflow lets through while it opens a database
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         text = " ".join(str(error).split())
-        if re.search(r"Max retries|Connection|timed out|HTTP.* 5\d\d|OperationalError|disk", text):
+        if isinstance(error, SQLAlchemyError) or re.search(
+            r"Max retries|Connection|timed out|HTTP.* 5\d\d|OperationalError|disk", text
+        ):
             raise EnvironmentFailure(
                 f"the tracking store {mask(uri)} failed: {mask(text)[:300]}\n"
                 "hint: check that it runs and can be written; the same command goes on"
             ) from error
         raise
+
+
+@contextmanager
+def _little_patience() -> Iterator[None]:
+    """Let MLflow give up within seconds: right for a question before work starts, its minutes are right for work."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_ANSWER_SECONDS)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @dataclass(frozen=True)
@@ -82,13 +103,23 @@ class Tracker:
         scheme = urlsplit(self.uri).scheme
         if scheme in ("http", "https"):
             self._check_server()
-        elif scheme.split("+")[0] not in ("sqlite", "postgresql", "mysql", "mssql"):
+        elif (kind := scheme.split("+")[0]) in _DATABASE_PORTS:
+            self._check_database(_DATABASE_PORTS[kind])
+        elif kind != "sqlite":
             raise InputError(
                 f"tracking.uri must be http(s)://…, sqlite:///… or postgresql+psycopg2://…: {mask(self.uri)}\n"
                 "hint: leave it out for an sqlite store beside the artifacts"
             )
-        with explained(self.uri):
-            self._experiment_id()
+        from mlflow.exceptions import MlflowException
+
+        try:
+            with explained(self.uri), _little_patience():
+                self._experiment_id()
+        except (MlflowException, ImportError) as error:  # ImportError: a database whose driver is not installed
+            raise EnvironmentFailure(
+                f"the tracking store {mask(self.uri)} does not work: {mask(' '.join(str(error).split()))[:300]}\n"
+                "hint: check tracking.uri, and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD if it wants them"
+            ) from error
 
     def _check_server(self) -> None:
         import urllib.error
@@ -97,11 +128,22 @@ class Tracker:
         try:
             with urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=_ANSWER_SECONDS):
                 pass
-        except urllib.error.HTTPError:
-            pass  # somebody answers; whether it is MLflow shows in the next call
         except (OSError, ValueError) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                return  # somebody answers; whether it is MLflow shows in the next call
             raise EnvironmentFailure(
                 f"no MLflow server answers at {mask(self.uri)}: {error}\n"
+                "hint: check tracking.uri, or leave it out for an sqlite store beside the artifacts"
+            ) from error
+
+    def _check_database(self, port: int) -> None:
+        try:
+            address = urlsplit(self.uri)
+            if address.hostname:  # without one it is a local socket
+                socket.create_connection((address.hostname, address.port or port), timeout=_ANSWER_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise EnvironmentFailure(
+                f"no database answers at {mask(self.uri)}: {error}\n"
                 "hint: check tracking.uri, or leave it out for an sqlite store beside the artifacts"
             ) from error
 
@@ -199,7 +241,8 @@ class TrackedRun:
 
     def _steps(self, name: str) -> set[int]:
         if name not in self._logged:
-            history = self.client.get_metric_history(self.run_id, name) if self.resumed else []
+            with explained(self.uri):
+                history = self.client.get_metric_history(self.run_id, name) if self.resumed else []
             self._logged[name] = {point.step for point in history}
         return self._logged[name]
 

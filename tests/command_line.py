@@ -61,7 +61,7 @@ def start_hvqd(*arguments: str, cwd: Path, env: Mapping[str, str]) -> subprocess
     )
 
 
-def run_hvqd(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_seconds: float = 300) -> Finished:
+def run_hvqd(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_seconds: float = 600) -> Finished:
     """Run the command to its end; one that takes longer is killed, and the test fails with what it had said."""
     started = time.monotonic()
     process = start_hvqd(*arguments, cwd=cwd, env=env)

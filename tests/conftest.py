@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.command_line import environment, run_hvqd
-from tests.services import S3Server, mlflow_server, seaweedfs
+from tests.services import MLflowServer, S3Server, mlflow_server, seaweedfs
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real MLflow server on sqlite."""
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
-        yield address
+def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+    """A real MLflow server on sqlite."""
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server

@@ -46,6 +46,15 @@ class S3Server:
         }
 
 
+@dataclass(frozen=True)
+class MLflowServer:
+    """A running MLflow server."""
+
+    address: str
+    folder: Path
+    """Everything it keeps: database, artifacts and log."""
+
+
 def free_ports(count: int) -> list[int]:
     """Loopback ports nobody listens on, below the range the kernel hands out to clients."""
     with ExitStack() as held:
@@ -93,7 +102,7 @@ def seaweedfs(folder: Path) -> Iterator[S3Server]:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
+def mlflow_server(folder: Path) -> Iterator[MLflowServer]:
     """MLflow's server on sqlite with its artifacts in `folder`, which clients on this machine write directly."""
     port = free_ports(1)[0]
     command = [
@@ -108,7 +117,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         urllib.request.urlopen(f"{address}/health", timeout=5).close()
 
     with _running(f"MLflow at {address}", command, settings, folder, probe):
-        yield address
+        yield MLflowServer(address, folder)
 
 
 @contextmanager

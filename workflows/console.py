@@ -70,7 +70,7 @@ class ConsoleProgress:
                 TimeElapsedColumn(),
             )
             self._bar = Progress(*columns, console=self._console, transient=True, refresh_per_second=4)
-            self._task = self._bar.add_task(text, total=total, completed=done)
+            self._task = self._bar.add_task(text, total=total, completed=int(done))
             self._bar.start()
         assert self._task is not None
         self._bar.update(self._task, completed=done, description=text)
