@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from infra.cluster import connect
@@ -19,6 +20,8 @@ from workflows.artifacts import Manifest, check_files, find_manifest, read_manif
 from workflows.context import Context
 from workflows.requests import PARENTS, request_of
 from workflows.training.worker import StageName, TrainingJob, train_worker
+
+Work = Callable[[dict[str, Any]], None]
 
 _POLL_SECONDS = 0.3
 _HEALTH_CHECK_SECONDS = "0.5"  # Ray's 2 s would be spent several times in a stage's start and end
@@ -91,8 +94,11 @@ def _last_figures(history: list[dict[str, float]]) -> dict[str, float]:
     return {name: value for record in history for name, value in record.items() if name.startswith("val_")}
 
 
-def run_job(job: TrainingJob, context: Context) -> int:
+def run_job(job: TrainingJob, context: Context, work: Work = train_worker) -> int:
     """Run the workers to the end of the budget; returns how many history records they sent.
+
+    Args:
+        work: what each worker does with {"job": …, "mailbox": …}; the overhead benchmark puts its stop-watch here.
 
     Raises:
         InputError, EnvironmentFailure: what a worker met, in its own words.
@@ -108,7 +114,7 @@ def run_job(job: TrainingJob, context: Context) -> int:
 
         def fit(failures: list[BaseException] = failures) -> None:
             try:
-                _fit(job, mailbox)
+                _fit(job, mailbox, work)
             except BaseException as error:  # handed to the main thread below
                 failures.append(error)
 
@@ -127,7 +133,7 @@ def run_job(job: TrainingJob, context: Context) -> int:
         context.progress.say(f"  a worker was lost; restart {restarts} goes on from the newest checkpoint")
 
 
-def _fit(job: TrainingJob, mailbox: Any) -> None:
+def _fit(job: TrainingJob, mailbox: Any, work: Work) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -137,7 +143,7 @@ def _fit(job: TrainingJob, mailbox: Any) -> None:
     name = f"run-{uuid.uuid4().hex[:12]}"  # new each time: what counts is in our checkpoints, not in Ray's snapshot
     try:
         TorchTrainer(
-            train_worker,
+            work,
             train_loop_config={"job": job, "mailbox": mailbox},
             torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
