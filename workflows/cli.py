@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def _step(job: Job, kind: str) -> None:
     if _planned(job, kind):
         return
     pipeline = _open(job, makes_dataset=kind == "dataset")
-    manifest = pipeline.step(kind)
+    manifest = pipeline.run_alone(kind)
     folder = f"{pipeline.root.url}/{kind}"
     job.answer({"status": 0, "artifact": folder, "digest": manifest.digest, "facts": dict(manifest.facts)}, folder)
 
@@ -126,9 +127,9 @@ def promote(
     version: Annotated[str | None, typer.Option("--version", help="The version; default the candidate.")] = None,
 ) -> None:
     """Move the alias `champion`, if every gate agrees (exit status 3 names those that do not)."""
-    pipeline = _open(job)
     from workflows.registry import promote as promote_version
 
+    pipeline = _look(job) if job.dry_run else _open(job)
     result = promote_version(_context(job, pipeline), pipeline.tracker, version, dry_run=job.dry_run)
     job.answer({"status": 0, **result.as_json()}, result.as_text())
 
@@ -169,12 +170,13 @@ def sample(
     for key, value in (("steps", steps), ("guidance", guidance), ("sampler", sampler)):
         if value is not None:
             job.overrides.append(f"sampling.{key}={value}")
+    config = job.config  # before a log is begun: what is wrong with it leaves nothing behind
     request = SampleRequest(count, label, model, job.seed or 0, out)
     if job.dry_run:
-        job.answer({"status": 0, "plan": request.as_json(job.config)}, f"would draw {count} pictures to {out}")
+        job.answer({"status": 0, "plan": request.as_json(config)}, f"would draw {count} pictures to {out}")
         return
     job.quiet()
-    written = draw_grid(request, job.config, job.progress)
+    written = draw_grid(request, config, job.progress)
     job.answer({"status": 0, **written}, f"{written['image']}\n{written['recipe']}")
 
 
@@ -253,6 +255,16 @@ def _open(job: Job, *, makes_dataset: bool = False) -> Pipeline:
     return Pipeline(config, root, tracker, job.progress)
 
 
+def _look(job: Job) -> Pipeline:
+    """The job's pipeline for reading only: nothing is made on the root."""
+    job.quiet()
+    from infra.storage import open_store
+    from workflows.pipeline import Pipeline, tracker_for
+
+    root = open_store(job.config.root)
+    return Pipeline(job.config, root, tracker_for(job.config, root), job.progress)
+
+
 def config_name(job: Job, config: Any) -> str:
     """What the settings come from, for the user: `tiny`, or the root's own."""
     from workflows.job import DEFAULT_PRESET
@@ -286,7 +298,10 @@ def main() -> None:
         sys.exit(2)
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else "hvqd"
-        print(f"error: {error.format_message()}\nhint: `{where} --help` lists what is allowed", file=sys.stderr)  # noqa: T201
+        problem, hint = error.format_message(), f"`{where} --help` lists what is allowed"
+        print(f"error: {problem}\nhint: {hint}", file=sys.stderr)  # noqa: T201
+        if "--json" in sys.argv[1:]:  # the command never got to read its flags
+            print(json.dumps({"status": 2, "error": problem, "hint": hint}, ensure_ascii=False))  # noqa: T201
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         status, text = exit_status(KeyboardInterrupt())

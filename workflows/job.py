@@ -88,7 +88,10 @@ class Job:
 
     def quiet(self) -> None:
         """From here on, what outside systems print goes to a log file."""
-        if not self.debug:
+        if self.dry_run:
+            self.streams = divert_noise(Path(os.devnull))  # a log would be something touched
+            self.__dict__.pop("progress", None)
+        elif not self.debug:
             folder = Path(os.environ.get("HVQD_LOGS", ".hvqd/logs"))
             try:
                 self.streams = divert_noise(folder / f"hvqd-{os.getpid()}.log")

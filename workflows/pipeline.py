@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from infra.errors import GateRefusal
 from infra.storage import Store
-from infra.tracking import TrackedRun, Tracker, open_tracker
+from infra.tracking import Status, TrackedRun, Tracker, open_tracker
 from workflows.artifacts import Manifest, check_files, digest_of, find_manifest
 from workflows.config import RunConfig
 from workflows.context import Context, Progress
@@ -102,19 +102,22 @@ def flat_parameters(config: RunConfig) -> dict[str, object]:
 
 @contextmanager
 def tracked(run: TrackedRun) -> Iterator[TrackedRun]:
-    """End the run as what happened says: FINISHED, FAILED, or KILLED when it was interrupted."""
+    """End the run as what happened says."""
     try:
         yield run
-    except KeyboardInterrupt:
-        run.end("KILLED")
-        raise
-    except GateRefusal:
-        run.end("FINISHED")  # a refusal is an answer, not a failure
-        raise
-    except BaseException:
-        run.end("FAILED")
+    except BaseException as error:
+        run.end(_end_of(error))
         raise
     run.end("FINISHED")
+
+
+def _end_of(error: BaseException) -> Status:
+    match error:
+        case KeyboardInterrupt():
+            return "KILLED"
+        case GateRefusal():
+            return "FINISHED"  # a refusal is an answer, not a failure
+    return "FAILED"
 
 
 @dataclass
@@ -186,20 +189,32 @@ class Pipeline:
 
         report = write_report(context)
         if refusal is not None:
-            raise GateRefusal(f"{refusal}\nhint: the report at {report} shows the figures") from refusal
+            raise GateRefusal(f"{refusal}; the report at {report} shows the figures") from refusal
         return {"version": version, "champion": champion, "report": report}
 
     def run(self) -> dict[str, Any]:
         """The whole path. See `finish` for what comes back."""
-        try:
+        with self._ending():
             digests = {kind: self.step(kind).digest for kind in STEPS}
-            with tracked(self.open_parent()):
-                result = self.finish()
-        except BaseException as error:
-            if self.parent is not None and not isinstance(error, GateRefusal):
-                self.parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
+            result = self.finish()
         return {"root": self.root.url, **result, "digests": digests}
+
+    def run_alone(self, kind: str) -> Manifest:
+        """One step, and the end of the pipeline's run with it."""
+        with self._ending():
+            return self.step(kind)
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """End the pipeline's own run, if one was opened, as what happened says."""
+        try:
+            yield
+        except BaseException as error:
+            if self.parent is not None:
+                self.parent.end(_end_of(error))
+            raise
+        if self.parent is not None:
+            self.parent.end("FINISHED")
 
 
 def _load(function: str) -> Callable[[Context], Manifest]:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 from infra.errors import GateRefusal, InputError
 from infra.models import Registry, write_pyfunc
+from infra.secrets import mask
 from infra.storage import Store
 from infra.tracking import Tracker
 from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
@@ -189,10 +190,10 @@ def promote(
         GateRefusal: a gate refused; it is named with its value and threshold.
     """
     model, registry = context.config.tracking.model_name, Registry(tracker.uri)
-    wanted = version or registry.alias(model, "candidate")
+    wanted = (version or registry.alias(model, "candidate")) if _is_there(tracker) else None
     if wanted is None:
         raise InputError(f"the model {model} has no candidate to promote\nhint: `hvqd register` makes one")
-    with _lock(context.root):
+    with nullcontext() if dry_run else _lock(context.root):
         champion = registry.alias(model, "champion")
         results = _judge(context, registry, model, wanted, champion)
         failed = [gate for gate in results if not gate.passed]
@@ -260,6 +261,11 @@ def _lock(root: Store) -> Iterator[None]:
 # ---- use ----
 
 
+def _is_there(tracker: Tracker) -> bool:
+    """Whether the tracking store exists: only to ask an sqlite store would make one."""
+    return not tracker.uri.startswith("sqlite:///") or Path(tracker.uri.removeprefix("sqlite:///")).exists()
+
+
 def load_version(tracker: Tracker, model: str, uri: str | None = None) -> LoadedBundle:
     """The champion, or the version that `models:/name@alias` or `models:/name/version` names.
 
@@ -267,6 +273,11 @@ def load_version(tracker: Tracker, model: str, uri: str | None = None) -> Loaded
         InputError: there is no such version.
     """
     registry = Registry(tracker.uri)
+    if not _is_there(tracker):
+        raise InputError(
+            f"there is no registry at {mask(tracker.uri)}\n"
+            "hint: name a run's root with --root, or a model's folder with --model"
+        )
     name, version = _parse(uri, model, registry)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
         folder = registry.download(name, version, Path(scratch))

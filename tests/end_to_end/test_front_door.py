@@ -1,0 +1,186 @@
+"""The front door as a user meets it: commands, flags, quick help, dry runs that touch nothing, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from tests.command_line import environment, run_hvqd
+from tests.conftest import FinishedRun
+from workflows.cli import app
+
+_COMMON = {"--config", "--preset", "--set", "--root", "--dry-run", "--json", "--seed", "--debug"}
+_OWN: dict[str, set[str]] = {
+    "run": set(),
+    "data build": {"source"},
+    "train vq": set(),
+    "encode": set(),
+    "train prior": set(),
+    "evaluate": set(),
+    "register": set(),
+    "promote": {"--version"},
+    "report": set(),
+    "sample": {"--out", "-n", "--class", "--model", "--steps", "--guidance", "--sampler"},
+    "config show": set(),
+    "presets": set(),
+}
+"""Every command, and the flags that it alone has."""
+_HEAVY = {"torch", "ray", "mlflow", "deepspeed", "pyarrow", "numpy", "PIL", "s3fs"}
+
+
+def _flags() -> Iterator[tuple[str, set[str]]]:
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for path, leaf in {f"{name} {sub}": it for sub, it in getattr(command, "commands", {}).items()}.items() or [
+            (name, command)
+        ]:
+            yield path, {flag for parameter in leaf.params for flag in parameter.opts}
+
+
+def test_the_commands_and_their_flags_are_these() -> None:
+    assert dict(_flags()) == {path: own | _COMMON for path, own in _OWN.items()}
+
+
+@pytest.mark.parametrize("path", ["", "data", "train", "config", *_OWN])
+def test_help_names_every_flag_and_loads_nothing_heavy(path: str, tmp_path: Path) -> None:
+    """What takes long to load is named here, because a clock would judge the machine."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "workflows.cli", *path.split(), "--help"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith("Usage: ")
+    for flag in (_OWN[path] | _COMMON) if path in _OWN else {"--help"}:
+        assert re.search(rf"(^|\s){re.escape(flag)}\b", done.stdout), f"{flag} is not in the help of `hvqd {path}`"
+    modules = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in modules, "the list of modules is there"
+    assert not modules & _HEAVY
+
+
+def test_the_installed_command_answers_help_within_a_second_of_computing(tmp_path: Path) -> None:
+    script = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.argv[1], '--help'], check=True, stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime)\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(sys.executable).with_name("hvqd"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=tmp_path)
+    assert float(done.stdout) < 1.0
+
+
+# ---- configuration ----
+
+
+def test_a_shown_configuration_can_be_passed_back(tmp_path: Path) -> None:
+    env = environment(tmp_path)
+    given = ("--preset", "cpu", "--set", "vq.train.images=123456", "--set", "data.source=null-island", "--seed", "7")
+    shown = run_hvqd("config", "show", *given, "--root", "here", cwd=tmp_path, env=env).succeeded()
+    (tmp_path / "mine.yaml").write_text(shown.out)
+    again = run_hvqd("config", "show", "--config", "mine.yaml", "--json", cwd=tmp_path, env=env).succeeded()
+    assert again.answer["config"] == yaml.safe_load(shown.out)
+    config = again.answer["config"]
+    assert (config["vq"]["train"]["images"], config["seed"], config["root"]) == (123456, 7, "here")
+
+
+def test_presets_lists_each_with_what_it_is_for(tmp_path: Path) -> None:
+    done = run_hvqd("presets", "--json", cwd=tmp_path, env=environment(tmp_path)).succeeded()
+    assert set(done.answer["presets"]) == {"tiny", "cpu", "small", "base", "large", "integration"}
+    assert all(len(summary) > 20 for summary in done.answer["presets"].values())
+    assert done.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["run", "--preset", "tny"], r"no such preset: tny \(base, cpu, .*tiny\)", r"did you mean --preset tiny\?"),
+        (["run", "--set", "vq.trian.images=3"], r"unknown key: vq\.trian", r"did you mean vq\.train\?"),
+        (["encode", "--set", "seeed=3"], r"unknown key: seeed", r"did you mean seed\?"),
+        (["run", "--set", "vq.train.images=many"], r"vq\.train\.images: .*integer.*not 'many'", r"`hvqd config show`"),
+        (["sample", "--out", "a.png", "--sampler", "x"], r"sampling\.sampler: .*'ancestral'.*not 'x'", r"config show"),
+        (["run", "--set", "images"], r"--set takes key=value with a dotted key: images", r"--set vq\.train\.images="),
+        (["rnu"], r"No such command 'rnu'.*'run'", r"`hvqd --help`"),
+        (["run", "--prest", "tiny"], r"No such option: --prest .*--preset", r"`hvqd run --help`"),
+        (["sample"], r"Missing option '--out'", r"`hvqd sample --help`"),
+        (["train", "vq", "--seed", "x"], r"Invalid value for '--seed'", r"`hvqd train vq --help`"),
+    ],
+)
+def test_bad_usage_is_two_lines_and_status_2(arguments: list[str], error: str, hint: str, tmp_path: Path) -> None:
+    done = run_hvqd(*arguments, "--json", cwd=tmp_path, env=environment(tmp_path))
+    assert done.status == 2
+    lines = done.err.splitlines()
+    assert len(lines) == 2
+    assert re.match(f"error: {error}", lines[0])
+    assert re.match(f"hint: .*{hint}", lines[1])
+    assert done.answer == {"status": 2, "error": lines[0][7:], "hint": lines[1][6:]}
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- dry runs ----
+
+
+@pytest.mark.parametrize("path", sorted(set(_OWN) - {"promote"}))
+def test_a_dry_run_touches_nothing(path: str, tmp_path: Path) -> None:
+    more = ["--out", "grid.png"] if path == "sample" else []
+    arguments = [*path.split(), *more, "--dry-run", "--json", "--root", "new/root"]
+    done = run_hvqd(*arguments, cwd=tmp_path, env=environment(tmp_path)).succeeded()
+    assert (done.err, len(done.out.splitlines())) == ("", 1)
+    assert done.answer["status"] == 0
+    assert list(tmp_path.iterdir()) == []
+    if path in ("run", "encode"):
+        assert done.answer["plan"]["codes"] == "missing"
+
+
+def test_a_dry_promotion_of_nothing_touches_nothing(tmp_path: Path) -> None:
+    done = run_hvqd("promote", "--dry-run", "--root", "new/root", cwd=tmp_path, env=environment(tmp_path))
+    assert (done.status, done.out) == (2, "")
+    assert re.fullmatch(
+        r"error: the model hvqd has no candidate to promote\nhint: `hvqd register` makes one\n", done.err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_runs_on_a_finished_root_say_so_and_leave_it_as_it_is(finished_run: FinishedRun, tmp_path: Path) -> None:
+    before = _contents(finished_run.root)
+    common = ("--dry-run", "--json", "--root", str(finished_run.root))
+    plan = run_hvqd("run", *common, cwd=tmp_path, env=finished_run.env).succeeded().answer["plan"]
+    assert plan == dict.fromkeys(("dataset", "vq", "codes", "prior", "evaluation", "registration"), "current")
+    changed = ("--set", "prior.train.images=320")
+    plan = run_hvqd("run", *common, *changed, cwd=tmp_path, env=finished_run.env).succeeded().answer["plan"]
+    assert [kind for kind, state in plan.items() if state == "current"] == ["dataset", "vq", "codes"]
+    refused = run_hvqd("promote", *common, "--set", "gates.min_psnr=99", cwd=tmp_path, env=finished_run.env)
+    assert refused.status == 3
+    promoted = run_hvqd("promote", *common, cwd=tmp_path, env=finished_run.env).succeeded().answer
+    assert (promoted["moved"], promoted["version"]) == (False, finished_run.result["champion"])
+    assert _contents(finished_run.root) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def _contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file; sqlite's own scratch files come and go with its readers."""
+    found = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items() if not name.startswith("mlflow.db-")}
+
+
+# ---- output ----
+
+
+def test_the_json_is_all_of_stdout_and_the_rest_is_on_stderr(finished_run: FinishedRun, tmp_path: Path) -> None:
+    root = str(finished_run.root)
+    done = run_hvqd("train", "vq", "--root", root, "--json", cwd=tmp_path, env=finished_run.env).succeeded()
+    answer = json.loads(done.out)
+    assert answer["digest"] == finished_run.result["digests"]["vq"]
+    assert re.search(rf"^vq +current +{answer['digest'][:12]}$", done.err, re.MULTILINE)
+    plain = run_hvqd("train", "vq", "--root", root, cwd=tmp_path, env=finished_run.env).succeeded()
+    assert plain.out == f"{root}/vq\n"
