@@ -16,7 +16,7 @@ from typing import Any
 
 from infra.cluster import connect
 from infra.errors import EnvironmentFailure, InputError
-from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
+from workflows.artifacts import MANIFEST, Manifest, check_files, find_manifest, read_manifest, write_manifest
 from workflows.context import Context
 from workflows.requests import PARENTS, request_of
 from workflows.training.worker import StageName, TrainingJob, train_worker
@@ -66,6 +66,7 @@ def _train(context: Context, stage: StageName) -> Manifest:
     if present is not None and present.request == request:
         check_files(folder, present)
         return present
+    folder.delete(MANIFEST)  # what follows overwrites its files
     job = TrainingJob(stage, context.config, root, request)
     started = time.monotonic()
     records = run_job(job, context)
