@@ -118,7 +118,7 @@ class StoreCheckpoints:
             return _Found(name, int(value["images_seen"]), value["history"], ranks)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             log.warning("the checkpoint %s/%s has a damaged manifest and is passed over", self.store.url, name)
             return None
 

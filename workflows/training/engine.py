@@ -46,7 +46,10 @@ class Engine(Protocol):
         """End the global batch: reduce, clip, step, and move the weights' average."""
 
     def editing(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Inside it the parameters are whole and may be overwritten with the same values on all ranks."""
+        """Inside it the parameters are whole and may be overwritten with the same values on all ranks.
+
+        The weights' average restarts from what was written: this happens once, early.
+        """
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the state to a local folder, under names no other rank uses."""
@@ -67,7 +70,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     kept: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            matrix = sum(side > 1 for side in parameter.shape) >= 2 and id(parameter) not in embeddings
             (decayed if matrix else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

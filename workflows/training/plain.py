@@ -42,6 +42,9 @@ class PlainEngine:
         """Clip, step, average."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        for parameter in self.parameters:
+            if parameter.grad is None:  # as DeepSpeed has it: what took no part still counts the step
+                parameter.grad = torch.zeros_like(parameter)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip))
         applied = norm < float("inf")  # False for nan too
         if applied:
@@ -54,12 +57,11 @@ class PlainEngine:
 
     @contextmanager
     def editing(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Nothing is sharded; the average follows the edit."""
-        edited = {id(parameter) for parameter in parameters}
+        """Nothing is sharded; the average restarts from the edited weights."""
+        edited = list(parameters)
         yield
-        for index, parameter in enumerate(self.parameters):
-            if self.average and id(parameter) in edited:
-                self.average[index].copy_(parameter.detach())
+        if edited and self.average:
+            self.average = [parameter.detach().clone() for parameter in self.parameters]
 
     def save(self, folder: Path) -> None:
         """Everything, in one file."""

@@ -8,6 +8,7 @@ The average lives on the float32 shards that the optimizer owns, so it costs eac
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,6 +37,12 @@ def _load_deepspeed() -> Any:
     return deepspeed
 
 
+def worthwhile(settings: TrainSettings, world: int) -> TrainSettings:
+    """The settings with the ZeRO stage that pays: alone, a rank has nobody to share state and gradients with."""
+    alone = world == 1 and settings.zero_stage in (1, 2) and not settings.offload_optimizer
+    return settings.model_copy(update={"zero_stage": 0}) if alone else settings
+
+
 def zero_config(settings: TrainSettings, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a stage. Precision is the objective's business (autocast), weights are float32."""
     bucket = min(_BUCKET_ELEMENTS, 1 << 23 if not torch.cuda.is_available() else _BUCKET_ELEMENTS)
@@ -55,7 +62,7 @@ def zero_config(settings: TrainSettings, world: int) -> dict[str, Any]:
         "train_batch_size": settings.global_batch,
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.global_batch // (settings.micro_batch * world),
-        "gradient_clipping": settings.gradient_clip,
+        "gradient_clipping": settings.gradient_clip if settings.zero_stage > 0 else 0.0,  # 0: see ZeroEngine.step
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -70,7 +77,8 @@ class ZeroEngine:
     def __init__(self, module: nn.Module, settings: TrainSettings, device: torch.device) -> None:
         self._deepspeed = _load_deepspeed()
         self.rank, self.world = collectives.rank(), collectives.world_size()
-        self.device, self.stage = device, settings.zero_stage
+        settings = worthwhile(settings, self.world)
+        self.device, self.stage, self._clip = device, settings.zero_stage, settings.gradient_clip
         module = module.to(device)
         self._engine, *_ = self._deepspeed.initialize(
             model=module,
@@ -78,6 +86,8 @@ class ZeroEngine:
             config=zero_config(settings, self.world),
             dist_init_required=False,
         )
+        if self.world == 1 and self.stage == 0:
+            self._engine.enable_backward_allreduce = False  # nobody to reduce with
         self.module: nn.Module = self._engine.module
         self._broadcast_buffers()
         self._decay = average_decay(settings)
@@ -92,26 +102,28 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate; DeepSpeed divides by the number of micro-batches."""
         self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch and moves nothing: DeepSpeed wants a step after each
 
     def step(self, learning_rate: float) -> StepResult:
         """Reduce, clip, step, average."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        blocked = self.stage == 0 and not self._gradients_are_finite()
-        if blocked:  # without ZeRO DeepSpeed would take the step
-            for parameter in self.module.parameters():
-                parameter.grad = None
-        self._engine.step()
-        norm = float("nan") if blocked else float(self._engine.get_global_grad_norm() or 0.0)
-        applied = not blocked and bool(self._engine.was_step_applied())
+        if self.stage == 0:
+            # Without ZeRO DeepSpeed would take a step that is not finite, and it tells no norm.
+            norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip))
+            applied = math.isfinite(norm)
+            if not applied:
+                self._engine.zero_grad()  # AdamW passes over what has no gradient
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm() or 0.0)
+            applied = bool(self._engine.was_step_applied())
         if applied and self._average:
             with torch.no_grad():
                 torch._foreach_lerp_(self._average, self._shards(), 1 - self._decay)
         return StepResult(applied, norm)
-
-    def _gradients_are_finite(self) -> bool:
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return bool(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients])).all())
 
     # ---- whole weights ----
 
@@ -174,7 +186,6 @@ class ZeroEngine:
             for parameter, value in zip(edited, values, strict=True):
                 self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
         if self._average:
-            # Editing happens early, once: the average restarts from the edited weights.
             self._average = [shard.detach().clone() for shard in self._shards()]
 
     # ---- state ----

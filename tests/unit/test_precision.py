@@ -1,0 +1,27 @@
+"""Which arithmetic is chosen, and the reason that is logged with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from workflows.training.precision import choose_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("setting", ["fp32", "bf16"])
+def test_what_is_configured_is_taken(setting: Literal["fp32", "bf16"]) -> None:
+    assert choose_precision(setting, CPU) == (setting, "as configured")
+    assert choose_precision(setting, torch.device("cuda")) == (setting, "as configured")
+
+
+def test_a_processor_computes_in_bf16_only_with_matrix_units() -> None:
+    has_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else False
+    expected = (
+        ("bf16", "the processor has AMX") if has_amx else ("fp32", "without AMX bf16 is many times slower on a CPU")
+    )
+    assert choose_precision("auto", CPU) == expected
