@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -249,14 +250,16 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="measure once and briefly; the page stays as it is")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, last")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first repeat")
-    parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run has measured")
+    parser.add_argument("--fresh", action="store_true", help="forget what was prepared and measured before")
     options = parser.parse_args(arguments)
     switch_off_telemetry()
+    if options.fresh:
+        shutil.rmtree(work_folder(benchmark.name))
     folder = work_folder(benchmark.name)
     described = machine()
     key = hashlib.sha256(f"{code_digest()} {described} {options.quick} {options.seed}".encode()).hexdigest()[:16]
     parts = Parts(folder / ("quick" if options.quick else "full"), key)
-    if options.fresh or options.quick:
+    if options.quick:
         parts.forget()
     streams = divert_noise(folder / "log.txt")
     try:
