@@ -219,7 +219,7 @@ class Heard(Silent):
 
 
 def test_a_build_killed_while_decoding_goes_on_and_ends_with_the_same_digest(tmp_path: Path) -> None:
-    source, count = tmp_path / "source", 40
+    source, count = tmp_path / "source", 30
     for number in range(count):  # one unit each, so large that decoding all takes a while
         picture = encoded(noise(number, 8, 8).resize((1600, 1600), Image.Resampling.NEAREST), compress_level=1)
         write_tar(source / f"{number:03}.tar", {"a.png": picture})
@@ -230,10 +230,10 @@ def test_a_build_killed_while_decoding_goes_on_and_ends_with_the_same_digest(tmp
     command = ["data", "build", "--config", str(tmp_path / "mine.yaml"), "--root", str(root)]
     process = start_hvqd(*command, cwd=tmp_path, env=environment(tmp_path))
     staging = Store(str(root / "dataset" / "staging"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(staging.files() if staging.path.is_dir() else ()) < 2:
         assert process.poll() is None, f"ended before it was killed: {process.communicate()}"
-        assert time.monotonic() < deadline, "no two decoded units within two minutes"
+        assert time.monotonic() < deadline, "no two decoded units within five minutes"
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
