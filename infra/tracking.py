@@ -100,7 +100,7 @@ class Tracker:
             EnvironmentFailure: no answer within seconds.
             InputError: the address is none that MLflow knows.
         """
-        scheme = urlsplit(self.uri).scheme
+        scheme = self.uri.partition(":")[0]
         if scheme in ("http", "https"):
             self._check_server()
         elif (kind := scheme.split("+")[0]) in _DATABASE_PORTS:
@@ -126,8 +126,9 @@ class Tracker:
         import urllib.request
 
         try:
-            with urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=_ANSWER_SECONDS):
-                pass
+            address = urlsplit(self.uri)
+            bare = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()  # urllib takes no password
+            urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=_ANSWER_SECONDS).close()
         except (OSError, ValueError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code < 500:
                 return  # somebody answers; whether it is MLflow shows in the next call

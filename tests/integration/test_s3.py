@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
 import pytest
 
 from infra.storage import Store, open_store
@@ -36,6 +37,16 @@ def test_a_whole_bucket_is_a_root_too(s3_environment: S3Server) -> None:
     bucket.check_writable()
     bucket.write_bytes("whole/a", b"1")
     assert ("whole/a", 1) in bucket.walk() and bucket.files()["whole/a"] == 1 and "whole" in bucket.children()
+
+
+def test_folders_that_a_console_made_are_no_files(s3_environment: S3Server) -> None:
+    client = boto3.client("s3", endpoint_url=s3_environment.endpoint)
+    for key in ("consoles/", "consoles/run/", "consoles/run/empty/"):
+        client.put_object(Bucket=s3_environment.bucket, Key=key, Body=b"")
+    store = open_store(f"s3://{s3_environment.bucket}/consoles/run")
+    store.write_bytes("a", b"1")
+    assert store.files() == {"a": 1} and list(store.walk()) == [("a", 1)]
+    assert store.children() == ["a", "empty"]
 
 
 # ---- faults ----
