@@ -99,7 +99,7 @@ def prior_stage(settings: TrainSettings, weights: int = 0, **architecture: Any) 
         codebook_sizes=CODES,
         code_dim=CODE_DIM,
         classes=CLASSES,
-        **({"width": 64, "depth": 2, "heads": 2} | architecture),
+        **({"width": 64, "depth": 1, "heads": 2} | architecture),
     )
     codebooks = [torch.randn(size, CODE_DIM) for size in CODES]
     model = HierarchicalPrior(config, codebooks)
