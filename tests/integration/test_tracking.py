@@ -297,11 +297,11 @@ def test_a_server_whose_database_is_down_is_named_within_seconds(monkeypatch: py
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     started = time.monotonic()
-    with answering(500, health=200) as address:
-        with pytest.raises(
-            EnvironmentFailure, match=rf"the tracking store {address} failed: .*500.*\nhint: check that"
-        ):
-            Tracker(address, None, "hvqd").check_answers()
+    with (
+        answering(500, health=200) as address,
+        pytest.raises(EnvironmentFailure, match=rf"the tracking store {address} failed: .*500.*\nhint: check that"),
+    ):
+        Tracker(address, None, "hvqd").check_answers()
     assert time.monotonic() - started < 30
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ and os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
 
