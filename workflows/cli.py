@@ -247,7 +247,7 @@ def _open(job: Job, *, makes_dataset: bool = False) -> Pipeline:
 
         check_source(config.data)
     if job.preset is None and job.config_file is None:
-        job.say(f"settings of the preset {config_name(job, config)}; root {root.url}")
+        job.say(f"{job.settings_from}; root {root.url}")
     root.check_writable()
     tracker = tracker_for(config, root)
     tracker.check_answers()
@@ -263,13 +263,6 @@ def _look(job: Job) -> Pipeline:
 
     root = open_store(job.config.root)
     return Pipeline(job.config, root, tracker_for(job.config, root), job.progress)
-
-
-def config_name(job: Job, config: Any) -> str:
-    """What the settings come from, for the user: `tiny`, or the root's own."""
-    from workflows.job import DEFAULT_PRESET
-
-    return "the root remembers" if job.root is not None else DEFAULT_PRESET
 
 
 def program(name: str) -> str:

@@ -70,17 +70,29 @@ class Job:
         return ConsoleProgress(self.streams.err)
 
     @functools.cached_property
+    def remembered(self) -> dict[str, Any] | None:
+        """The settings that the root has been used with, where the command names a root and no others."""
+        from infra.storage import open_store
+        from workflows.loading import read_remembered
+
+        if self.preset is not None or self.config_file is not None or self.root is None:
+            return None
+        return read_remembered(open_store(self.root))
+
+    @functools.cached_property
     def config(self) -> Any:
         """The resolved configuration. A root that has been used before remembers its own."""
-        from infra.storage import open_store
-        from workflows.loading import load_config, read_remembered
+        from workflows.loading import load_config
 
-        if self.preset is None and self.config_file is None and self.root is not None:
-            remembered = read_remembered(open_store(self.root))
-            if remembered is not None:
-                return load_config(None, None, self.overrides, self.root, self.seed, below=remembered)
+        if self.remembered is not None:
+            return load_config(None, None, self.overrides, self.root, self.seed, below=self.remembered)
         preset = self.preset or (DEFAULT_PRESET if self.config_file is None else None)
         return load_config(preset, self.config_file, self.overrides, self.root, self.seed)
+
+    @property
+    def settings_from(self) -> str:
+        """What the settings come from when neither a preset nor a file is named."""
+        return "settings of this root" if self.remembered is not None else f"settings of the preset {DEFAULT_PRESET}"
 
     def say(self, text: str) -> None:
         """One line for the user, on standard error."""
