@@ -218,7 +218,8 @@ class Store:
             found = self._fs.find(self._key(), detail=True)
         prefix = self._key().rstrip("/") + "/"
         sizes = {key[len(prefix) :]: int(info["size"]) for key, info in found.items() if key.startswith(prefix)}
-        return {name: sizes[name] for name in sorted(sizes) if not name.endswith(".partial")}
+        # What ends with a slash is the marker that an S3 console leaves for an empty folder.
+        return {name: sizes[name] for name in sorted(sizes) if name and not name.endswith((".partial", "/"))}
 
     def walk(self, below: str = "", entered: tuple[Path, ...] = ()) -> Iterator[tuple[str, int]]:
         """Relative name and bytes of every file below, one folder in memory at a time, in an order that does not vary.
@@ -229,20 +230,23 @@ class Store:
             below: only what lies in this sub-folder, which ends with a slash.
             entered: the folders whose links were followed to get there.
         """
+        folder = self._key(below.rstrip("/"))
         with _explained("list", f"{self.url}/{below}"):
-            found = self._fs.ls(self._key(below.rstrip("/")), detail=True)
+            found = self._fs.ls(folder, detail=True)
         for info in sorted(found, key=lambda info: str(info["name"])):
             key = str(info["name"]).rstrip("/")
+            if key == folder:  # S3 may list the folder's own marker
+                continue
             name = below + key.rsplit("/", 1)[-1]
             is_folder, through = info["type"] == "directory", entered
             if self.is_local and info.get("islink"):
                 target = Path(key).resolve()
                 is_folder, through = target.is_dir(), (*entered, Path(key).parent.resolve())
-                if is_folder and any(folder.is_relative_to(target) for folder in through):
+                if is_folder and any(above.is_relative_to(target) for above in through):
                     continue
             if is_folder:
                 yield from self.walk(f"{name}/", through)
-            elif not name.endswith(".partial") and key != self._key(below.rstrip("/")):
+            elif not name.endswith(".partial"):
                 yield name, int(info["size"] or 0)
 
     def children(self) -> list[str]:
@@ -252,7 +256,7 @@ class Store:
                 found = self._fs.ls(self._key(), detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        keys = {str(key).rstrip("/") for key in found} - {self._key()}  # S3 may list the folder's own marker
+        keys = {str(key).rstrip("/") for key in found} - {self._key()}
         return sorted(name for key in keys if not (name := key.rsplit("/", 1)[-1]).endswith(".partial"))
 
     def upload(self, source: Path, name: str) -> None:
