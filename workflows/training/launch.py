@@ -128,8 +128,13 @@ def run_job(job: TrainingJob, context: Context, work: Work = train_worker) -> in
         if not failures:
             ray.kill(mailbox)
             return records
-        if not _lost_a_worker(failures[0]) or (0 <= compute.max_failures <= restarts):
+        if not _lost_a_worker(failures[0]):
             raise _explained(failures[0])
+        if 0 <= compute.max_failures <= restarts:
+            raise EnvironmentFailure(
+                f"training lost a worker {restarts + 1} times, compute.max_failures allows {compute.max_failures}\n"
+                "hint: see whether the machines have enough memory; the same command goes on from the last checkpoint"
+            )
         restarts += 1
         context.progress.say(f"  a worker was lost; restart {restarts} goes on from the newest checkpoint")
 
@@ -189,7 +194,8 @@ def _causes(error: BaseException) -> list[BaseException]:
         cause: BaseException | None = failures[rank]
         while cause is not None:
             found.append(cause)
-            cause = getattr(cause, "cause", None) or cause.__cause__
+            inner = getattr(cause, "health_check_failure", None) or getattr(cause, "cause", None)
+            cause = inner or cause.__cause__
     return found
 
 
