@@ -26,6 +26,9 @@ from PIL import Image
 from tests.command_line import run_hvqd
 from tests.conftest import FinishedRun
 from tests.services import free_ports
+from workflows.bundle import load_bundle
+from workflows.generate import draw_images
+from workflows.loading import load_config
 from workflows.sample_command import seeds_for
 
 _SIDE, _SCALE, _GAP = 16, 8, 2
@@ -91,15 +94,22 @@ def test_mlflow_serves_the_champion(
     finished_run: FinishedRun, champion_pictures: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     (first,) = seeds_for(_SEED, 1)
+    bundle, seeds = load_bundle(finished_run.root), list(range(16))
+    sampling = load_config("integration").sampling
+    by_class = [
+        draw_images(bundle.vq, bundle.prior, seeds, [label] * len(seeds), sampling)
+        for label in range(len(bundle.classes))
+    ]
+    assert len(np.unique(np.stack(by_class).reshape(len(by_class), -1), axis=0)) > 1, "the class matters"
     with _served(finished_run, tmp_path) as address:
         drawn = _invoke(address, {"dataframe_split": {"columns": ["seed"], "data": [[first]]}})
-        asked = {"columns": ["class", "seed"], "data": [["Flags", 1], ["flags", 1], ["symbols", 1]]}
-        by_class = _invoke(address, {"dataframe_split": asked})
+        asked = [[name, seed] for name in ("Flags", "symbols") for seed in seeds]
+        served = _invoke(address, {"dataframe_split": {"columns": ["class", "seed"], "data": asked}})
         with pytest.raises(urllib.error.HTTPError, match="HTTP Error 400"):
             _invoke(address, {"dataframe_split": {"columns": ["seed"], "data": [["no number"]]}})
     np.testing.assert_array_equal(_decoded(drawn[0]["image"]), champion_pictures[0])
-    images = [row["image"] for row in by_class]
-    assert images[0] == images[1] != images[2]
+    expected = [by_class[bundle.classes.index(name)] for name in ("flags", "symbols")]
+    np.testing.assert_array_equal(np.stack([_decoded(row["image"]) for row in served]), np.concatenate(expected))
 
 
 def test_the_report_holds_all_it_shows_in_one_file(finished_run: FinishedRun) -> None:
