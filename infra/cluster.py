@@ -6,9 +6,11 @@ A local cluster is always a new one: a bare `ray.init` would attach to any clust
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from infra.errors import EnvironmentFailure, InputError
 from infra.quiet import switch_off_telemetry
@@ -37,14 +39,15 @@ def connect(address: str | None, cpus: int) -> None:
     if address is None:
         # Workers of a local cluster inherit this process's environment, credentials included.
         os.environ.pop("RAY_ADDRESS", None)
-        ray.init(
-            address="local",
-            num_cpus=max(cpus, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level="warning",
-        )
+        with _own_signals():
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level="warning",
+            )
         return
     if address != "auto":
         _check_answers(address)
@@ -56,6 +59,16 @@ def connect(address: str | None, cpus: int) -> None:
             f"the cluster at {address} has {offered} CPUs, the job's workers ask for {cpus}\n"
             f"hint: compute.workers x compute.threads_per_worker must be at most {offered}"
         )
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray replaces it by one that ends the job without a word."""
+    on_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if on_main else None
+    yield
+    if before is not None:
+        signal.signal(signal.SIGTERM, before)
 
 
 def disconnect() -> None:
