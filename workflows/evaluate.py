@@ -112,7 +112,10 @@ def evaluate(context: Context) -> Manifest:
 def _judge(subject: Subject) -> tuple[dict[str, Figure], Mapping[str, Grid]]:
     settings, train, test = subject.context.config.evaluation, subject.train, subject.test
     resampling = Resampling(settings.resamples, settings.seed)
-    batch = subject.context.config.sampling.batch
+    sampling = subject.context.config.sampling
+    # Fresh weights predict the same with and without a class: guidance would cost a second pass for nothing.
+    unguided = sampling.model_copy(update={"guidance": 1.0})
+    batch = sampling.batch
     prefixes = [decode_codes(subject.vq, test.codes[: level + 1], batch) for level in range(len(test.codes))]
     figures = reconstruction_figures(test.pictures, prefixes, test.groups, resampling)
     grids = subject.prior.config.grids
@@ -124,9 +127,9 @@ def _judge(subject: Subject) -> tuple[dict[str, Figure], Mapping[str, Grid]]:
     reconstructed = subject.features_of("reconstructions", prefixes[-1])
     sets = {
         "reconstructions": PictureSet(prefixes[-1], reconstructed, test.labels, test.groups),
-        "samples": drawn(subject, "samples", subject.prior, settings.samples),
+        "samples": drawn(subject, "samples", subject.prior, settings.samples, sampling),
         "marginals": marginals(subject, settings.baseline_samples),
-        "untrained": drawn(subject, "untrained", untrained(subject), settings.baseline_samples),
+        "untrained": drawn(subject, "untrained", untrained(subject), settings.baseline_samples, unguided),
     }
     subject.context.progress.say("comparing with the test pictures")
     for name, found in {"real": floor(subject, rows, train_features, settings.samples), **sets}.items():
@@ -187,7 +190,7 @@ def _protocol(subject: Subject, dataset: str) -> dict[str, Any]:
         "neighbours": "recall, density, coverage: 5 nearest neighbours, at most as many pictures as the reference has",
         "real": "training pictures of whole concepts against the test pictures; for class accuracy, the test pictures",
         "marginals": "each position's code comes from a training picture of its own, independent of other positions",
-        "untrained": "a prior with fresh weights, sampled alike",
+        "untrained": "a prior with fresh weights, sampled alike but for guidance, which changes nothing there",
         "judge": "multinomial logistic regression on standardized features of "
         f"{min(len(subject.train.ids), MOST_TRAIN)} real training pictures, ridge {_RIDGE}, L-BFGS",
         "class_chance": "share, among the test pictures, of the largest class of the training pictures",

@@ -20,6 +20,7 @@ from hvqd_model.randomness import derive_key, uniform
 from infra.errors import InputError
 from infra.storage import Store
 from workflows.artifacts import Manifest, check_files
+from workflows.config import SamplingSettings
 from workflows.context import Context
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.evaluation_figures import PictureSet
@@ -161,11 +162,11 @@ def _drawn_labels(subject: Subject, count: int) -> NDArray[np.int64]:
     return np.asarray(np.sort(subject.train.labels)[rows], dtype=np.int64)
 
 
-def drawn(subject: Subject, name: str, prior: HierarchicalPrior, count: int) -> PictureSet:
+def drawn(subject: Subject, name: str, prior: HierarchicalPrior, count: int, sampling: SamplingSettings) -> PictureSet:
     """Pictures drawn from a prior, chunk by chunk so that an interruption loses little."""
     config = subject.context.config
     seeds, labels = keys_of(count, "evaluation sample", config.evaluation.seed), _drawn_labels(subject, count)
-    size = config.sampling.batch * -(-_CHUNK // config.sampling.batch)
+    size = sampling.batch * -(-_CHUNK // sampling.batch)
     chunks = []
     for start in range(0, count, size):
         end = min(start + size, count)
@@ -176,7 +177,7 @@ def drawn(subject: Subject, name: str, prior: HierarchicalPrior, count: int) -> 
                 prior,
                 seeds[start:end],
                 labels[start:end].tolist(),
-                config.sampling,
+                sampling,
                 lambda done, _: subject.say(f"{name} drawn")(start + done, count),
             )
 

@@ -40,28 +40,54 @@ class FrozenBuffers(nn.Module):
 
 
 class TokenEmbedding(FrozenBuffers):
-    """Codes of one level as vectors: a learned one of the index, and a projection of the frozen code vector."""
+    """Codes of one level as vectors: a learned one of the index, a projection of the frozen code vector, the place."""
 
     codebook: Tensor
 
-    def __init__(self, codebook: Tensor, width: int) -> None:
+    def __init__(self, codebook: Tensor, positions: int, width: int) -> None:
         super().__init__()
         num_codes, code_dim = codebook.shape
         self.index = nn.Embedding(num_codes + 1, width)  # the last row: the mask
         self.project = nn.Linear(code_dim, width, bias=False)
-        self.level = nn.Parameter(torch.zeros(width))
+        # Rotary positions are relative: among masks alone nothing would tell the corner from the centre.
+        self.position = nn.Embedding(positions, width)
         self.register_buffer("codebook", codebook.float().clone())
         nn.init.normal_(self.index.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    @property
+    def scale(self) -> Tensor:
+        """What brings the codebook to unit variance: its own scale is the tokenizer's business."""
+        return torch.rsqrt(self.codebook.square().mean() + 1e-12)
 
     def forward(self, codes: Tensor) -> Tensor:
         """(B, N, D) from (B, N) codes in [0, K]."""
         num_codes = self.codebook.shape[0]
-        # The scale of a codebook is its tokenizer's business; a mask has no code vector.
-        scale = torch.rsqrt(self.codebook.square().mean() + 1e-12)
-        vectors = F.embedding(codes.clamp_max(num_codes - 1), self.codebook) * scale
-        vectors = vectors * (codes < num_codes)[..., None]
-        embedded: Tensor = self.index(codes) + self.project(vectors.to(self.project.weight.dtype)) + self.level
+        vectors = F.embedding(codes.clamp_max(num_codes - 1), self.codebook) * self.scale
+        vectors = vectors * (codes < num_codes)[..., None]  # a mask has no code vector
+        places = self.position(torch.arange(codes.shape[1], device=codes.device))
+        embedded: Tensor = self.index(codes) + self.project(vectors.to(self.project.weight.dtype)) + places
         return embedded
+
+
+class CodeHead(nn.Module):
+    """Logits of one level's codes: each code has a row of its own, and all share a map to the frozen code vectors.
+
+    Through the shared map codes that look alike are learned together, from the first step on.
+    """
+
+    def __init__(self, width: int, num_codes: int, code_dim: int) -> None:
+        super().__init__()
+        self.own = nn.Linear(width, num_codes)
+        self.shared = nn.Linear(width, code_dim, bias=False)
+        # The first prediction is uniform: the bound starts at log K exactly.
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor, vectors: Tensor) -> Tensor:
+        """(R, K) logits from (R, D) features and the (K, code_dim) code vectors."""
+        logits: Tensor = self.own(features) + F.linear(self.shared(features), vectors.to(features.dtype))
+        return logits
 
 
 @dataclass(frozen=True)
@@ -141,20 +167,18 @@ class Denoiser(FrozenBuffers):
         self.sizes = [rows * columns for rows, columns in config.grids]
         width = config.width
         self.conditioning = Conditioning(len(self.sizes), len(config.classes), width)
-        self.embeddings = nn.ModuleList(TokenEmbedding(codebook, width) for codebook in codebooks)
+        self.embeddings = nn.ModuleList(
+            TokenEmbedding(codebook, size, width) for codebook, size in zip(codebooks, self.sizes, strict=True)
+        )
         hidden = round(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
-        self.heads = nn.ModuleList(nn.Linear(width, size) for size in config.codebook_sizes)
+        self.heads = nn.ModuleList(CodeHead(width, size, config.code_dim) for size in config.codebook_sizes)
         angles = rotary_angles(config.grids, width // config.heads)
         rotation = torch.polar(torch.ones_like(angles), angles)
         self.register_buffer("rotation", rotation.to(torch.complex64), persistent=False)
         nn.init.zeros_(self.final_modulation.weight)
         nn.init.zeros_(self.final_modulation.bias)
-        for head in self.heads:
-            assert isinstance(head, nn.Linear)
-            nn.init.zeros_(head.weight)  # the first prediction is uniform: the bound starts at log K exactly
-            nn.init.zeros_(head.bias)
 
     def forward(
         self,
@@ -227,7 +251,10 @@ class Denoiser(FrozenBuffers):
                 flat = torch.cat([features[0].new_zeros(0, size, self.config.width), *having]).flatten(0, 1)
                 if place is not None:
                     wanted = (place[wanted // size] - start) * size + wanted % size
-                logits.append(self.heads[level](flat[wanted]))
+                embedding = self.embeddings[level]
+                assert isinstance(embedding, TokenEmbedding)
+                vectors = embedding.codebook * (embedding.scale * self.config.code_dim**-0.5)
+                logits.append(self.heads[level](flat[wanted], vectors))
             else:
                 logits.append(features[0].new_zeros(0, self.config.codebook_sizes[level]))
             first += size
