@@ -21,7 +21,7 @@ _SHOWN = {
     "recall_samples": "recall of samples",
     "class_accuracy_samples": "accuracy of the asked class",
     "class_accuracy_reconstructions": "the same judge on reconstructions",
-    "class_chance": "chance",
+    "class_shuffled_samples": "chance: the same with the asked classes shuffled",
 }
 
 

@@ -193,7 +193,8 @@ def _protocol(subject: Subject, dataset: str) -> dict[str, Any]:
         "untrained": "a prior with fresh weights, sampled alike but for guidance, which changes nothing there",
         "judge": "multinomial logistic regression on standardized features of "
         f"{min(len(subject.train.ids), MOST_TRAIN)} real training pictures, ridge {_RIDGE}, L-BFGS",
-        "class_chance": "share, among the test pictures, of the largest class of the training pictures",
+        "class_shuffled": "the accuracy that the same pictures would have with their asked classes shuffled",
+        "class_majority": "share, among the test pictures, of the largest class of the training pictures",
         "nearest": "median Euclidean feature distance to the nearest training picture",
         "usage": "usage and perplexity over the codes of all splits",
         "bits": f"upper bound, {_BITS_DRAWS} noise levels a picture; bits_l a code, bits_total a picture",

@@ -154,7 +154,10 @@ def set_figures(name: str, reference: PictureSet, other: PictureSet, resampling:
 def class_figures(
     judge: ClassJudge, sets: Mapping[str, PictureSet], majority: int, resampling: Resampling
 ) -> dict[str, Figure]:
-    """How often the judge sees the class that was asked for, and the share of the majority class.
+    """How often the judge sees the class that was asked for, how often by chance, and the share of the largest class.
+
+    Chance is the accuracy of the same pictures with their asked classes shuffled, in expectation: what is left when the
+    class that was asked for has no influence.
 
     Args:
         sets: by name; `real` holds the test pictures.
@@ -164,12 +167,14 @@ def class_figures(
     for name, found in sets.items():
         known = found.labels >= 0
         if known.any():
-            correct = judge.judge(found.features[known]) == found.labels[known]
-            figures[f"class_accuracy_{name}"] = resampling.mean(correct, found.groups[known])
+            seen, asked = judge.judge(found.features[known]), found.labels[known]
+            figures[f"class_accuracy_{name}"] = resampling.mean(seen == asked, found.groups[known])
+            shares = (np.bincount(classes, minlength=judge.classes) / len(asked) for classes in (seen, asked))
+            figures[f"class_shuffled_{name}"] = Figure(float(np.prod(list(shares), axis=0).sum()), len(asked))
     real = sets["real"]
     known = real.labels >= 0
     if known.any():
-        figures["class_chance"] = resampling.mean(real.labels[known] == majority, real.groups[known])
+        figures["class_majority"] = resampling.mean(real.labels[known] == majority, real.groups[known])
     return figures
 
 

@@ -76,7 +76,7 @@ def judge(
         ),
     ]
     if conditional:
-        accuracy = _ratio(figures, "class_accuracy_samples", "class_chance")
+        accuracy = _ratio(figures, "class_accuracy_samples", "class_shuffled_samples")
         asked.append(
             (
                 "min_class_accuracy_to_chance",

@@ -26,6 +26,7 @@ class ClassJudge:
             classes: C.
             ridge: weight of the squared weights beside the mean cross-entropy.
         """
+        self.classes = classes
         known = labels >= 0
         x = torch.from_numpy(np.ascontiguousarray(features[known])).double()
         y = torch.from_numpy(np.ascontiguousarray(labels[known])).long()

@@ -70,6 +70,7 @@ def verdicts(figures: Figures, gates: GateSettings) -> list[Verdict]:
     add("Reconstruction, PSNR in dB", value("psnr"), span(figures, "psnr"), gates.min_psnr)
     add("Codebook usage", min(usages, default=None), "of the level that is used least", gates.min_codebook_usage)
     kid = short(value("kid_samples") or 0)
+    recognised, by_chance = (short(value(f"class_{kind}_samples") or 0) for kind in ("accuracy", "shuffled"))
     add(
         "KID against an untrained prior",
         ratio("kid_samples", "kid_untrained"),
@@ -86,8 +87,8 @@ def verdicts(figures: Figures, gates: GateSettings) -> list[Verdict]:
     )
     add(
         "Asked class, over chance",
-        ratio("class_accuracy_samples", "class_chance"),
-        f"{short(value('class_accuracy_samples') or 0)} recognised, {short(value('class_chance') or 0)} by chance",
+        ratio("class_accuracy_samples", "class_shuffled_samples"),
+        f"{recognised} recognised, {by_chance} by chance",
         gates.min_class_accuracy_to_chance,
     )
     add("Recall of the samples", value("recall_samples"), span(figures, "recall_samples"), None)

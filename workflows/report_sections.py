@@ -23,13 +23,14 @@ _COMPARED = (
     ("coverage", "Coverage", "higher is better"),
     ("density", "Density", "1 is like real; above it, prototypes"),
     ("class_accuracy", "Asked class recognised", "higher is better"),
+    ("class_shuffled", "The same with the classes shuffled", "chance"),
 )
 _MEANINGS = {
     "psnr": "PSNR, all levels (dB)",
     "ssim": "SSIM, all levels",
     "rate_bits": "Rate: bits of an image's codes, uncompressed",
     "bits_total": "Bits of an image's codes under the prior (upper bound)",
-    "class_chance": "Asked class by chance (majority class)",
+    "class_majority": "Share of the largest class",
     "nearest_train_samples": "Distance to the nearest training picture, samples (median)",
     "nearest_train_heldout": "The same for held-out real pictures",
     "nearest_train_reconstructions": "The same for held-out reconstructions",
@@ -85,12 +86,12 @@ def comparison(figures: Figures) -> str:
             rows.append([f"{escape(name)}<small>{escape(note)}</small>", *cells])
     counts = [figures[f"kid_{kind}"]["n"] if f"kid_{kind}" in figures else None for kind in _SETS]
     rows.append(["Pictures", *(f"{count:,}" if count is not None else "&ndash;" for count in counts)])
-    chance = f" Chance is {_cell(figures, 'class_chance').split('<')[0]}." if "class_chance" in figures else ""
     text = (
         "Against the test pictures, under one protocol. <b>Real</b> is the floor that a perfect model would reach; "
         "<b>reconstructions</b> are the tokenizer's ceiling for every sample; <b>marginals</b> draw each code "
         "independently. "
-        "High class accuracy with low recall means prototypes." + chance + " Small print: 95 % intervals over concepts."
+        "High class accuracy with low recall means prototypes; the same with shuffled classes is chance. "
+        "Small print: 95 % intervals over concepts."
     )
     head = ["", "Real", "Reconstructions", "Samples", "Marginals", "Untrained"]
     return section("comparison", "Side by side", text, table(head, rows, highlight=3))

@@ -123,9 +123,18 @@ def test_class_accuracy_leaves_out_pictures_without_a_class() -> None:
     unknown = PictureSet(real.pictures, real.features, np.full(120, -1), real.groups)
     half = PictureSet(real.pictures, real.features, labels, real.groups)
     found = class_figures(judge, {"real": half, "samples": unknown}, majority=1, resampling=RESAMPLING)
-    assert set(found) == {"class_accuracy_real", "class_chance"}
+    assert set(found) == {"class_accuracy_real", "class_shuffled_real", "class_majority"}
     assert found["class_accuracy_real"].n == 20
-    assert found["class_chance"].value == pytest.approx((labels[100:] == 1).mean())
+    assert found["class_majority"].value == pytest.approx((labels[100:] == 1).mean())
+
+
+def test_chance_is_the_mean_accuracy_over_every_shuffle_of_the_asked_classes() -> None:
+    real = picture_set(120, 0)
+    judge = ClassJudge(real.features, real.labels, 3, ridge=0.01)
+    found = class_figures(judge, {"real": real}, majority=0, resampling=RESAMPLING)
+    seen = judge.judge(real.features)
+    rolled = [(seen == np.roll(real.labels, by)).mean() for by in range(120)]  # each picture meets each label once
+    assert found["class_shuffled_real"].value == pytest.approx(np.mean(rolled))
 
 
 def test_a_training_picture_has_no_distance_to_the_training_pictures() -> None:

@@ -18,7 +18,7 @@ GOOD = {
     "kid_untrained": 0.5,
     "kid_marginals": 0.4,
     "class_accuracy_samples": 0.6,
-    "class_chance": 0.1,
+    "class_shuffled_samples": 0.1,
 }
 GATES = GateSettings(
     min_psnr=23.0,
@@ -80,7 +80,7 @@ def test_a_figure_that_is_missing_or_no_number_fails_every_gate_it_enters(name: 
         "kid_untrained": {"max_kid_to_untrained"},
         "kid_marginals": {"max_kid_to_marginals"},
         "class_accuracy_samples": {"min_class_accuracy_to_chance"},
-        "class_chance": {"min_class_accuracy_to_chance"},
+        "class_shuffled_samples": {"min_class_accuracy_to_chance"},
     }
     results = judge(figures, GOOD, GATES, conditional=True)
     assert set(failed(results)) == enters[name]

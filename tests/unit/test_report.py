@@ -55,7 +55,7 @@ def figures(classes: bool = True) -> dict[str, dict[str, Any]]:
     for rank, name in enumerate(SETS):
         found |= {f"kid_{name}": figure(0.1 + rank), f"recall_{name}": figure(0.9 - 0.2 * rank)}
     if classes:
-        found |= {"class_accuracy_samples": figure(0.6), "class_chance": figure(0.2)}
+        found |= {"class_accuracy_samples": figure(0.6), "class_shuffled_samples": figure(0.2)}
     found["fid_samples"] = {"value": 321.0, "low": None, "high": None, "n": 40}
     return found
 
