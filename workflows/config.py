@@ -142,6 +142,8 @@ class SamplingSettings(Settings):
     """Classifier-free guidance; 1 is none."""
     temperature: float = Field(1.0, gt=0)
     """Of the drawn codes."""
+    gumbel_scale: float = Field(1.0, ge=0)
+    """Noise on the order in which codes are settled (confidence, purity): more variety, less caution."""
     batch: int = Field(100, ge=1)
     """Pictures the network draws at once; padded, so results do not depend on how many are asked for."""
 

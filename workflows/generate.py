@@ -95,6 +95,7 @@ def draw_codes(
             sampler=sampling.sampler,
             guidance=sampling.guidance if conditional else 1.0,
             temperature=sampling.temperature,
+            gumbel_scale=sampling.gumbel_scale,
             progress=report,
         )
         for level, found in zip(parts, codes, strict=True):
