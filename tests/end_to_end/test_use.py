@@ -56,7 +56,14 @@ def test_the_recipe_beside_a_grid_draws_it_again(finished_run: FinishedRun, tmp_
     asked = ("--class", "Flags", "-n", "4", "--seed", "5", "--steps", "3", "--guidance", "2", "--sampler", "ancestral")
     answer = _sample(finished_run, tmp_path, *asked)
     recipe = json.loads(Path(answer["recipe"]).read_text())
-    expected = {"sampler": "ancestral", "steps": 3, "guidance": 2.0, "temperature": 1.0, "batch": 16}
+    expected = {
+        "sampler": "ancestral",
+        "steps": 3,
+        "guidance": 2.0,
+        "temperature": 1.0,
+        "gumbel_scale": 1.0,
+        "batch": 16,
+    }
     assert (recipe["class"], recipe["count"], recipe["seed"], recipe["sampling"]) == ("Flags", 4, 5, expected)
     (tmp_path / "again").mkdir()
     settings = [part for name, value in recipe["sampling"].items() for part in ("--set", f"sampling.{name}={value}")]
