@@ -50,7 +50,7 @@ def run(job: Job) -> None:
             f"champion  {model} version {result['champion']}",
             "next, try:",
             f"  {program('hvqd')} sample --root {job.config.root} -n 16 --out samples.png",
-            f"  {program('hvqd')} evaluate --root {job.config.root} --set sampling.steps=8",
+            f"  {program('hvqd')} promote --root {job.config.root} --dry-run",
             f"  {program('mlflow')} ui --backend-store-uri {mask(pipeline.tracker.uri)}",
         ]
     )
