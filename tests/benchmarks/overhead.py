@@ -102,7 +102,7 @@ class StopWatch:
         if self.steps > 0:
             return
         wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
-        self.connection.send(Turn(wall / STEPS, cpu / STEPS))
+        self.connection.send((wall / STEPS, cpu / STEPS))  # plain numbers: a script's class has no name in a worker
         if images_seen < total:
             self.steps = self.connection.recv()
 
@@ -198,7 +198,10 @@ class Referee:
         deadline = time.monotonic() + START_SECONDS
         while not self.connections[name].poll(0.2):
             self._check(deadline, f"{name} to take its steps")
-        turn: Turn = self.connections[name].recv()
+        try:
+            turn = Turn(*self.connections[name].recv())
+        except EOFError:  # the side is gone; why is about to be known
+            raise self.failures.get(timeout=START_SECONDS) from None
         return turn
 
     def finish(self) -> None:
