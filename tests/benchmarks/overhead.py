@@ -39,7 +39,7 @@ from workflows.training.worker import MailReporter, StageName, TrainingJob, buil
 
 STEPS = 5
 """Timed steps of a turn; one more before them warms the caches."""
-ROUNDS = {"quick": 8, "full": 40}
+ROUNDS = {"quick": 8, "full": 16}
 START_SECONDS = 300.0
 PARENTS = {"vq": ("dataset",), "prior": ("dataset", "vq", "codes")}
 
