@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from infra.storage import Store
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 KEY_TAG = "hvqd.key"
+_SQLITE = "sqlite:///"
 _BATCH = 100
 _METRICS_A_BATCH = 1_000
 _LONGEST_VALUE = 6_000
@@ -40,7 +41,31 @@ def client(uri: str, process: int) -> Any:
     switch_off_telemetry()
     from mlflow import MlflowClient
 
+    if uri.startswith(_SQLITE):
+        _make_database(Path(uri.removeprefix(_SQLITE)))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """An empty store at this path unless there is one: whole or absent.
+
+    MLflow builds its tables in hundreds of steps and cannot go on with half of them, as a full disk or a kill leaves
+    them.
+    """
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    _make_folder(path.parent)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with explained(f"{_SQLITE}{path}"):
+            MlflowClient(tracking_uri=f"{_SQLITE}{partial}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another process was first
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,6 +78,11 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError) as error:
         text = " ".join(str(error).split())
+        if re.search("disk is full|No space left", text):
+            raise EnvironmentFailure(
+                f"cannot write the tracking store {mask(uri)}: the disk is full\n"
+                "hint: free some space; earlier artifacts are intact, the same command goes on"
+            ) from error
         if isinstance(error, SQLAlchemyError) or re.search(
             r"Max retries|Connection|timed out|HTTP.* 5\d\d|OperationalError|disk", text
         ):
@@ -151,8 +181,6 @@ class Tracker:
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        if self.uri.startswith("sqlite:///"):
-            _make_folder(Path(self.uri.removeprefix("sqlite:///")).parent)
         found = self.client.get_experiment_by_name(self.experiment)
         if found is None:
             try:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,14 @@ def environment(folder: Path, more: Mapping[str, str] | None = None) -> dict[str
     return {**kept, "HVQD_CACHE": str(folder / "cache"), "COLUMNS": "200", **(more or {})}
 
 
-def start_hvqd(*arguments: str, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
-    """The command under way, in a process group of its own (so that it can be interrupted or killed whole)."""
+def start_hvqd(*arguments: str, cwd: Path, env: Mapping[str, str], within: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """The command under way, in a process group of its own (so that it can be interrupted or killed whole).
+
+    Args:
+        within: a command that runs the one named by its further arguments.
+    """
     return subprocess.Popen(
-        [str(HVQD), *arguments],
+        [*within, str(HVQD), *arguments],
         cwd=cwd,
         env=dict(env),
         stdin=subprocess.DEVNULL,
@@ -61,10 +65,16 @@ def start_hvqd(*arguments: str, cwd: Path, env: Mapping[str, str]) -> subprocess
     )
 
 
-def run_hvqd(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_seconds: float = 600) -> Finished:
+def run_hvqd(
+    *arguments: str,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout_seconds: float = 600,
+    within: Sequence[str] = (),
+) -> Finished:
     """Run the command to its end; one that takes longer is killed, and the test fails with what it had said."""
     started = time.monotonic()
-    process = start_hvqd(*arguments, cwd=cwd, env=env)
+    process = start_hvqd(*arguments, cwd=cwd, env=env, within=within)
     try:
         out, err = process.communicate(timeout=timeout_seconds)
     except BaseException as error:
@@ -75,3 +85,24 @@ def run_hvqd(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_seconds
         said = f"{out}\n{err}"
         raise AssertionError(f"hvqd {' '.join(arguments)}: no end within {timeout_seconds:.0f} s\n{said}") from error
     return Finished(process.returncode, out, err, time.monotonic() - started)
+
+
+def on_small_disk(root: Path, spare_bytes: int) -> list[str]:
+    """For `within`: a command runs with `root` on a disk of its own that has only so much room left.
+
+    A memory file system in a mount namespace of the command's; root's content is there at the start, and lies beside
+    it in `<name>-after` when the command has ended.
+    """
+    files = [path for path in root.rglob("*") if path.is_file()]
+    page = os.sysconf("SC_PAGE_SIZE")
+    used = sum(-(-path.stat().st_size // page) * page for path in files)
+    script = f"""
+        set -e
+        cp -a {root} {root}-before
+        mount -t tmpfs -o size={used + spare_bytes} tmpfs {root}
+        cp -a {root}-before/. {root}
+        status=0; "$@" || status=$?
+        cp -a {root} {root}-after
+        exit $status
+    """
+    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]

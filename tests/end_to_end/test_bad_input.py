@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from infra.storage import open_store
-from tests.command_line import Finished, environment, run_hvqd
+from tests.command_line import Finished, environment, on_small_disk, run_hvqd
 from tests.conftest import FinishedRun
 from tests.services import free_ports
 from workflows.artifacts import check_files, read_manifest
@@ -109,35 +106,34 @@ def test_no_ray_cluster_at_the_address_is_said_within_seconds(tmp_path: Path) ->
     assert not list((tmp_path / "run").glob("dataset/*"))
 
 
-def test_a_full_disk_is_reported_and_earlier_artifacts_stay_intact(finished_run: FinishedRun, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk; the features are the first to meet it."""
+@pytest.mark.parametrize("spare_bytes", [300_000, 1_600_000])
+def test_a_full_disk_is_reported_and_earlier_artifacts_stay_intact(
+    finished_run: FinishedRun, spare_bytes: int, tmp_path: Path
+) -> None:
+    """The disk is full when the step is recorded, or when it writes its features."""
     root = _copy(finished_run, tmp_path, "dataset", "vq", "codes", "prior")
-    arguments = ("evaluate", "--root", str(root), "--json")
-    with _largest_file(1_600_000):
-        done = run_hvqd(*arguments, cwd=tmp_path, env=finished_run.env)
-    assert done.status == 1
-    lines = done.err.splitlines()
-    what = rf"error: cannot write {root}/evaluation/parts/.*: the file is larger than this machine allows"
-    assert re.fullmatch(what, lines[-2])
-    assert re.fullmatch("hint: free some space .*; earlier artifacts are intact, the same command goes on", lines[-1])
-    assert not (root / "evaluation" / "manifest.json").exists()
-    assert not list(root.rglob("*.partial"))
+    done = run_hvqd(
+        "evaluate",
+        "--root",
+        str(root),
+        "--json",
+        cwd=tmp_path,
+        env=finished_run.env,
+        within=on_small_disk(root, spare_bytes),
+    )
+    hint = "free some space .*earlier artifacts are intact, the same command goes on"
+    assert done.status == 1, done.err
+    error, remedy = done.err.splitlines()[-2:]
+    assert re.fullmatch(rf"error: cannot write .*{root}/.*: (the disk is full|no space left on the device)", error)
+    assert re.fullmatch(f"hint: {hint}", remedy)
+    after = tmp_path / "run-after"
+    assert not (after / "evaluation" / "manifest.json").exists()
+    assert not list(after.rglob("*.partial"))
     for kind in ("dataset", "vq", "codes", "prior"):
-        store = open_store(str(root / kind))
+        store = open_store(str(after / kind))
         check_files(store, read_manifest(store, kind), deep=True)
-    again = run_hvqd(*arguments, cwd=tmp_path, env=finished_run.env).succeeded()
+    again = run_hvqd("evaluate", "--root", str(after), "--json", cwd=tmp_path, env=finished_run.env).succeeded()
     assert again.answer["digest"] == finished_run.result["digests"]["evaluation"]
-
-
-@contextmanager
-def _largest_file(size: int) -> Iterator[None]:
-    """Processes started now cannot write a file beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ---- damaged artifacts ----
