@@ -100,6 +100,16 @@ def test_the_lowest_of_equal_codes_wins_wherever_they_stand() -> None:
         assert nearest_codes(normal(9, 5), normal(1, 5, seed=1).expand(codes, -1)).tolist() == [0] * 9
 
 
+@pytest.mark.parametrize("codes", [64, 192, 1024, 63, 200])  # whole blocks, and what is no multiple of a block
+def test_the_smallest_distance_found_in_blocks_is_where_argmin_finds_it(codes: int) -> None:
+    distances = whole(300, codes, seed=3, largest=2)  # most rows have their smallest value in several blocks
+    distances[0] = torch.inf
+    distances[1, 5 * codes // 6 :] = torch.nan
+    distances[2] = torch.nan
+    distances[3] = -torch.inf
+    assert torch.equal(module._lowest(distances), torch.argmin(distances, dim=1))
+
+
 def test_nearest_codes_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, codebook = whole(50, 3), whole(20, 3, seed=1)
     at_once = nearest_codes(vectors, codebook)
@@ -109,7 +119,7 @@ def test_nearest_codes_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyP
 
 
 def test_a_codebook_larger_than_a_chunk_is_searched_row_by_row() -> None:
-    side = 1 << 10  # at 2^20 codes a chunk is four rows
+    side = 1 << 10  # at 2^20 codes a chunk is two rows
     codebook = torch.cartesian_prod(torch.arange(float(side)), torch.arange(float(side)))
     vectors = torch.tensor([[0.0, 3.0], [77.0, 1.0], [1023.0, 1023.0], [-4.0, 5.0], [512.0, 0.0]])
     assert nearest_codes(vectors, codebook).tolist() == [3, 77 * side + 1, side * side - 1, 5, 512 * side]
