@@ -8,9 +8,10 @@ Levels are listed coarse first everywhere: entry 0 is the coarsest.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from math import prod
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Settings(BaseModel):
@@ -19,23 +20,81 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+T = TypeVar("T")
+ONE, EACH = "one", "each"
+"""Tags of the two forms, in the place that a validation error names."""
+
+
+def _form(value: object) -> str:
+    return EACH if isinstance(value, list | tuple) else ONE
+
+
+# With a tag for each form, an error speaks of the form that was given and not of both.
+OneOrEach = Annotated[Annotated[T, Tag(ONE)] | Annotated[tuple[T, ...], Tag(EACH)], Discriminator(_form)]
+"""One value for all levels, or a list with one a level."""
+Count = Annotated[int, Field(ge=1)]
+Stride = Annotated[Annotated[Count, Tag(ONE)] | Annotated[tuple[Count, Count], Tag(EACH)], Discriminator(_form)]
+"""Pixels, the same for rows and columns or one each."""
+QuantizerKind = Literal["ema", "gradient", "simvq", "fsq"]
+_MOST_STEPS = 8
+
+
+def even_steps(size: int, otherwise: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The most even factors of a codebook size, largest first, as few as can be with none above 8.
+
+    More steps a dimension than about 8 are seldom all used; fewer than 5 lose against more dimensions
+    (arXiv:2309.15505, section 3.2).
+
+    Args:
+        otherwise: the answer where a prime factor above 8 leaves none.
+
+    Raises:
+        ValueError: there is none, and no `otherwise`.
+    """
+
+    def search(rest: int, count: int, largest: int) -> tuple[int, ...] | None:
+        if count == 0:
+            return () if rest == 1 else None
+        found = [
+            (step, *more)
+            for step in range(min(largest, rest), 1, -1)
+            if rest % step == 0 and (more := search(rest // step, count - 1, step)) is not None
+        ]
+        return min(found, key=lambda steps: (steps[0] - steps[-1], steps), default=None)
+
+    for count in range(1, size.bit_length() + 1):
+        if _MOST_STEPS**count >= size and (found := search(size, count, _MOST_STEPS)) is not None:
+            return found
+    if otherwise is not None:
+        return otherwise
+    raise ValueError(f"no factors up to {_MOST_STEPS}: {size}\nhint: a power of two always has some")
+
+
+def _plain(value: object) -> object:
+    """As a user writes it: lists, not tuples."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
 class VQArchitecture(Settings):
     """The hierarchical tokenizer: encoder, quantizers and decoder."""
 
-    strides: tuple[int, ...] = (8, 4)
-    """Pixels a code spans at each level, coarse first; each a power of two and a multiple of the next."""
+    strides: tuple[Stride, ...] = (8, 4)
+    """Pixels a code spans at each level, coarse first, each a multiple of the next; [rows, columns] if not square."""
     codebook_sizes: tuple[int, ...] = (1024, 1024)
     """Codes in each level's codebook."""
-    code_dim: int = Field(64, ge=1)
-    """Dimensions of a code vector."""
+    code_dim: OneOrEach[Count] = 64
+    """Dimensions of a code vector, one number or one a level; quantizer fsq takes its own (see fsq_steps)."""
     hierarchy: Literal["features", "residual", "nested"] = "features"
     """How levels depend on each other: VQ-VAE-2 features, residual over scales (VAR), coarse codes nested in fine."""
-    quantizer: Literal["ema", "gradient", "simvq"] = "ema"
-    """How a codebook learns."""
+    quantizer: OneOrEach[QuantizerKind] = "ema"
+    """How a codebook learns, one kind or one a level: ema, gradient, simvq, or fsq (a fixed grid, no codebook)."""
+    fsq_steps: tuple[tuple[int, ...], ...] = ()
+    """Quantizer fsq: steps of each dimension, for each level (empty for levels of another kind); they multiply to the
+    level's codebook size. Left out, they are chosen as even as can be, at most 8 a dimension."""
     estimator: Literal["straight-through", "rotation"] = "straight-through"
     """The gradient through the quantizer."""
     l2_normalize: bool = False
-    """Whether codes and features live on the unit sphere."""
+    """Whether codes and features live on the unit sphere (not for quantizer fsq, whose grid is fixed)."""
     commitment: float = Field(0.25, ge=0)
     """Weight beta of |z - sg(e)|^2."""
     codebook_decay: float = Field(0.99, gt=0, lt=1)
@@ -56,11 +115,39 @@ class VQArchitecture(Settings):
     """Reconstruction loss, in pixels."""
     ssim_weight: float = Field(0.0, ge=0)
     """Weight of 1 - SSIM in the loss."""
+    padding: Literal["refuse", "edge"] = "refuse"
+    """Pictures that the coarsest stride does not divide: refuse them, or repeat their last row and column until it
+    does (decoding cuts the repetition off, and no loss looks at it)."""
 
     @property
     def levels(self) -> int:
         """How many levels of codes."""
         return len(self.strides)
+
+    @property
+    def cells(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of pixels that a code spans, of each level."""
+        return tuple((side, side) if isinstance(side, int) else side for side in self.strides)
+
+    @property
+    def quantizers(self) -> tuple[QuantizerKind, ...]:
+        """The kind of each level's quantizer."""
+        return (self.quantizer,) * self.levels if isinstance(self.quantizer, str) else self.quantizer
+
+    @property
+    def steps(self) -> tuple[tuple[int, ...], ...]:
+        """Of each level: the steps a dimension of quantizer fsq; empty for other kinds."""
+        given = self.fsq_steps or ((),) * self.levels
+        return tuple(
+            (steps or even_steps(size)) if kind == "fsq" else ()
+            for kind, steps, size in zip(self.quantizers, given, self.codebook_sizes, strict=True)
+        )
+
+    @property
+    def code_dims(self) -> tuple[int, ...]:
+        """Dimensions of each level's code vectors."""
+        dims = (self.code_dim,) * self.levels if isinstance(self.code_dim, int) else self.code_dim
+        return tuple(len(steps) or dim for steps, dim in zip(self.steps, dims, strict=True))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,14 +169,56 @@ class VQArchitecture(Settings):
                 f"width_multipliers must be one or more, each at least 1: {list(self.width_multipliers)}\n"
                 "hint: width_multipliers=[1,3,3]"
             )
-        if any(stride < 1 or stride & (stride - 1) for stride in self.strides):
-            raise ValueError(f"strides must be powers of two: {list(self.strides)}\nhint: for example strides=[8,4]")
-        if any(coarse <= fine for coarse, fine in zip(self.strides, self.strides[1:], strict=False)):
-            raise ValueError(
-                f"strides must fall from level to level, coarse first: {list(self.strides)}\n"
-                "hint: for example strides=[8,4]"
-            )
+        self._check_strides()
+        self._check_quantizers()
         return self
+
+    def _check_strides(self) -> None:
+        for coarse, fine in zip(self.cells, self.cells[1:], strict=False):
+            if coarse == fine or any(a < b for a, b in zip(coarse, fine, strict=True)):
+                raise ValueError(
+                    f"strides must fall from level to level, coarse first: {_plain(self.strides)}\n"
+                    "hint: for example strides=[8,4]"
+                )
+            if any(a % b for a, b in zip(coarse, fine, strict=True)):
+                raise ValueError(
+                    f"each of strides must be a multiple of the next: {_plain(self.strides)}\n"
+                    "hint: for example strides=[12,4] or strides=[[8,16],[4,4]]"
+                )
+
+    def _check_quantizers(self) -> None:
+        for name in ("quantizer", "code_dim", "fsq_steps"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.levels and (value or name != "fsq_steps"):
+                raise ValueError(
+                    f"{name} must have one entry a level ({self.levels}): {_plain(value)}\n"
+                    f"hint: give {self.levels} entries, or leave {name} out"
+                )
+        for level, (kind, size) in enumerate(zip(self.quantizers, self.codebook_sizes, strict=True)):
+            given = self.fsq_steps[level] if self.fsq_steps else ()
+            if kind != "fsq":
+                if given:
+                    raise ValueError(
+                        f"fsq_steps of level {level} must be empty, its quantizer is {kind}: {_plain(self.fsq_steps)}\n"
+                        "hint: set quantizer=fsq, or leave fsq_steps out"
+                    )
+            elif given and (min(given) < 2 or prod(given) != size):
+                raise ValueError(
+                    f"fsq_steps of level {level} must be at least 2 each and multiply to its codebook size ({size}): "
+                    f"{list(given)} multiply to {prod(given)}\n"
+                    f"hint: codebook_sizes entry {level} = {prod(given)}, or fsq_steps={list(even_steps(size, ()))}"
+                )
+            elif not given and not even_steps(size, ()):
+                raise ValueError(
+                    f"codebook_sizes of level {level} must be a product of numbers up to {_MOST_STEPS} for quantizer "
+                    f"fsq: {size}\nhint: a power of two always is, or name fsq_steps"
+                )
+        if self.hierarchy == "residual" and ("fsq" in self.quantizers or len(set(self.code_dims)) > 1):
+            raise ValueError(
+                "hierarchy=residual subtracts one level's vectors from the next one's, so all levels must have equal "
+                f"code_dim and none can be fsq: {list(self.code_dims)}, {list(self.quantizers)}\n"
+                "hint: set hierarchy=features or hierarchy=nested"
+            )
 
 
 class VQConfig(VQArchitecture):
@@ -101,8 +230,14 @@ class VQConfig(VQArchitecture):
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of each level's codes, coarse first."""
-        height, width = self.image_size
-        return tuple((height // stride, width // stride) for stride in self.strides)
+        height, width = self.padded_size
+        return tuple((height // rows, width // columns) for rows, columns in self.cells)
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """Height and width that the coarsest stride divides, at least those of the pictures."""
+        height, width = (-(-side // cell) * cell for side, cell in zip(self.image_size, self.cells[0], strict=True))
+        return height, width
 
     @property
     def tokens(self) -> int:
@@ -111,12 +246,19 @@ class VQConfig(VQArchitecture):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        coarsest = self.strides[0]
-        if any(side < coarsest or side % coarsest for side in self.image_size):
-            fit = [max(coarsest, side // coarsest * coarsest) for side in self.image_size]
+        coarsest = self.cells[0]
+        shown = _plain(self.strides[0])
+        pairs = list(zip(self.image_size, coarsest, strict=True))
+        if any(side < cell for side, cell in pairs):
             raise ValueError(
-                f"image_size must be a multiple of the coarsest stride ({coarsest}): {list(self.image_size)}\n"
-                f"hint: image_size={fit}, or strides that divide {list(self.image_size)}"
+                f"image_size must hold at least one code of the coarsest level ({shown}): {list(self.image_size)}\n"
+                "hint: larger pictures, or smaller strides"
+            )
+        if self.padding == "refuse" and any(side % cell for side, cell in pairs):
+            fit = [max(cell, side // cell * cell) for side, cell in pairs]
+            raise ValueError(
+                f"image_size must be a multiple of the coarsest stride ({shown}): {list(self.image_size)}\n"
+                f"hint: image_size={fit}, strides that divide {list(self.image_size)}, or padding=edge"
             )
         return self
 
@@ -176,10 +318,16 @@ class PriorConfig(PriorArchitecture):
     """(rows, columns) of each level's codes, coarse first."""
     codebook_sizes: tuple[int, ...]
     """Codes in each level's codebook."""
-    code_dim: int
-    """Dimensions of the tokenizer's code vectors, which the denoiser reads beside the indices."""
+    code_dim: OneOrEach[Count]
+    """Dimensions of the tokenizer's code vectors, which the denoiser reads beside the indices: one number or one a
+    level."""
     classes: tuple[str, ...] = ()
     """Names of the classes; empty for an unconditional prior."""
+
+    @property
+    def code_dims(self) -> tuple[int, ...]:
+        """Dimensions of each level's code vectors."""
+        return (self.code_dim,) * len(self.grids) if isinstance(self.code_dim, int) else self.code_dim
 
     @property
     def tokens(self) -> int:
@@ -193,5 +341,10 @@ class PriorConfig(PriorArchitecture):
                 "grids and codebook_sizes must have one entry a level: "
                 f"{len(self.grids)} and {len(self.codebook_sizes)}\n"
                 "hint: take both from the tokenizer's configuration"
+            )
+        if len(self.code_dims) != len(self.grids):
+            raise ValueError(
+                f"code_dim must be one number or one a level ({len(self.grids)}): {_plain(self.code_dim)}\n"
+                "hint: take it from the tokenizer's configuration"
             )
         return self

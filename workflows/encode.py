@@ -88,7 +88,7 @@ def encode_dataset(context: Context) -> Manifest:
         "rows": dict(dataset.facts["rows"]),
         "grids": [list(grid) for grid in model.config.grids],
         "codebook_sizes": list(model.config.codebook_sizes),
-        "code_dim": model.config.code_dim,
+        "code_dim": list(model.config.code_dims),
         "classes": list(dataset.facts["classes"]),
     }
     digests = {name: parent.digest for name, parent in parents.items()}

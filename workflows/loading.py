@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from hvqd_model.config import EACH, ONE
 from infra.errors import InputError
 from infra.secrets import mask
 from infra.storage import Store
@@ -191,7 +192,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def _explain(error: ValidationError) -> str:
     """Two lines on the first problem: the dotted key, what was given, what is allowed, and a hint."""
     problem = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in problem["loc"]) or "the configuration"
+    key = ".".join(str(part) for part in problem["loc"] if part not in (ONE, EACH)) or "the configuration"
     if problem["type"] == "extra_forbidden":
         parent, _, name = key.rpartition(".")
         allowed = _fields_at(problem["loc"][:-1])

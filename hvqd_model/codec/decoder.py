@@ -8,11 +8,13 @@ Axes: B pictures, C channels, H x W grid, D dimensions of a code.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvqd_model.codec.encoder import blocks, stage_channels, stage_strides
+from hvqd_model.codec.encoder import Cell, blocks, ratio, stage_cells, stage_channels, unfold
 from hvqd_model.config import VQConfig
 
 
@@ -40,15 +42,16 @@ class GridAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns."""
+    """A finer grid: `factor` times the rows and columns, mostly twice."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, factor: Cell) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels_in, 4 * channels_out, 3, padding=1)
+        self.factor = factor
+        self.conv = nn.Conv2d(channels_in, prod(factor) * channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C', 2 H, 2 W) from (B, C, H, W)."""
-        return F.pixel_shuffle(self.conv(F.silu(x)), 2)
+        """(B, C', r H, c W) from (B, C, H, W)."""
+        return unfold(self.conv(F.silu(x)), self.factor)
 
 
 class Decoder(nn.Module):
@@ -56,22 +59,23 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        strides, channels = stage_strides(config)[::-1], stage_channels(config)[::-1]
-        self.unshuffle = strides[-1]
-        self.stage_of_level = [strides.index(stride) for stride in config.strides]
+        cells, channels = stage_cells(config)[::-1], stage_channels(config)[::-1]
+        self.finest = cells[-1]
+        self.stage_of_level = [cells.index(cell) for cell in config.cells]
+        widths = [channels[stage] for stage in self.stage_of_level]
         self.joins = nn.ModuleList(
-            nn.Conv2d(config.code_dim, channels[strides.index(stride)], 3, padding=1) for stride in config.strides
+            nn.Conv2d(dim, width, 3, padding=1) for dim, width in zip(config.code_dims, widths, strict=True)
         )
-        self.missing = nn.ParameterList(
-            nn.Parameter(torch.zeros(channels[strides.index(stride)])) for stride in config.strides[1:]
-        )
+        self.missing = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths[1:])
         self.attention = GridAttention(channels[0]) if config.attention else nn.Identity()
         self.stages = nn.ModuleList(blocks(config.blocks, count) for count in channels)
         self.ups = nn.ModuleList(
-            nn.Identity() if stage == 0 else Upsample(channels[stage - 1], channels[stage])
+            nn.Identity()
+            if stage == 0
+            else Upsample(channels[stage - 1], channels[stage], ratio(cells[stage - 1], cells[stage]))
             for stage in range(len(channels))
         )
-        self.out = nn.Conv2d(channels[-1], 3 * strides[-1] ** 2, 3, padding=1)
+        self.out = nn.Conv2d(channels[-1], 3 * prod(self.finest), 3, padding=1)
 
     def start(self, pictures: int, grid: tuple[int, int]) -> Tensor:
         """(B, C, h, w) zeros on the coarsest grid, where the walk begins."""
@@ -118,4 +122,4 @@ class Decoder(nn.Module):
 
     def finish(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) float32 pictures from the features of the finest stage."""
-        return F.pixel_shuffle(self.out(F.silu(x)).float(), self.unshuffle)
+        return unfold(self.out(F.silu(x)).float(), self.finest)

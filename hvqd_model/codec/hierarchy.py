@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvqd_model.codec.decoder import Decoder
-from hvqd_model.codec.encoder import Encoder, stage_channels, stage_strides
+from hvqd_model.codec.encoder import Encoder, factors, ratio, shrink, stage_cells, stage_channels
 from hvqd_model.codec.losses import pixel_loss, ssim
 from hvqd_model.codec.quantizer import CodebookStatistics, Quantized, Quantizer, make_quantizer
 from hvqd_model.config import VQConfig
@@ -58,22 +58,22 @@ class HierarchicalVQ(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        channels = dict(zip(stage_strides(config), stage_channels(config), strict=True))
+        channels = dict(zip(stage_cells(config), stage_channels(config), strict=True))
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        dim = config.code_dim
-        widths = [channels[stride] for stride in config.strides]
+        dims = config.code_dims
+        widths = [channels[cell] for cell in config.cells]
         match config.hierarchy:
             case "features":
                 inputs = [widths[0], *(2 * width for width in widths[1:])]
-            case "nested":
-                inputs = [dim] * (config.levels - 1) + [widths[-1]]
-            case "residual":
-                inputs = [dim] * (config.levels - 1) + [widths[-1]]
-        self.projections = nn.ModuleList(self._projection(level, count, dim) for level, count in enumerate(inputs))
+            case "nested" | "residual":
+                inputs = [*dims[1:], widths[-1]]
+        self.projections = nn.ModuleList(
+            self._projection(level, count, dim) for level, (count, dim) in enumerate(zip(inputs, dims, strict=True))
+        )
         self.quantizers = nn.ModuleList(
             make_quantizer(
-                config.quantizer,
+                kind,
                 codes,
                 dim,
                 commitment=config.commitment,
@@ -81,8 +81,11 @@ class HierarchicalVQ(nn.Module):
                 normalize=config.l2_normalize,
                 decay=config.codebook_decay,
                 restart_threshold=config.restart_threshold,
+                steps=steps,
             )
-            for codes in config.codebook_sizes
+            for kind, codes, dim, steps in zip(
+                config.quantizers, config.codebook_sizes, dims, config.steps, strict=True
+            )
         )
 
     def _projection(self, level: int, channels: int, dim: int) -> nn.Module:
@@ -90,11 +93,10 @@ class HierarchicalVQ(nn.Module):
         config = self.config
         if config.hierarchy == "nested" and level < config.levels - 1:
             # From the quantized finer grid down to this one.
-            halvings = (config.strides[level] // config.strides[level + 1]).bit_length() - 1
             width = max(stage_channels(config))
             steps: list[nn.Module] = []
-            for step in range(halvings):
-                steps += [nn.Conv2d(channels if step == 0 else width, width, 4, stride=2, padding=1), nn.SiLU()]
+            for factor in factors(ratio(config.cells[level], config.cells[level + 1])):
+                steps += [shrink(width if steps else channels, width, factor, even_kernel=4), nn.SiLU()]
             return nn.Sequential(*steps, nn.Conv2d(width, dim, 3, padding=1))
         if config.hierarchy == "residual" and level < config.levels - 1:
             return nn.Identity()
@@ -114,7 +116,7 @@ class HierarchicalVQ(nn.Module):
         """
         self._check_images(images)
         quantized, x = self._walk(images, keys, self._kept_levels(keys))
-        reconstruction = self.decoder.finish(x)
+        reconstruction = self._finish(x)
         error = pixel_loss(reconstruction, images, self.config.pixel_loss)
         if self.config.ssim_weight:
             error = error + self.config.ssim_weight * (1 - ssim(reconstruction + 1, images + 1, data_range=2.0))
@@ -148,13 +150,15 @@ class HierarchicalVQ(nn.Module):
             kept: (B,) how many levels the decoder sees; None for all.
             decode: whether the decoder's finest features, the second result, are wanted.
         """
-        features = self.encoder(images)
+        features = self.encoder(self._padded(images))
         if self.config.hierarchy == "features":
             quantized: list[Quantized] = []
 
             def top_down(level: int, x: Tensor) -> Tensor:
                 source = features[level] if level == 0 else torch.cat([features[level], x], 1)
-                quantized.append(self._quantize(level, self.projections[level](source), keys))
+                # Below a level that a picture lacks the context is one that encoding never sees.
+                counted = None if kept is None or level < 2 else kept >= level
+                quantized.append(self._quantize(level, self.projections[level](source), keys, counted))
                 return self._to_grid(quantized[level].values, level)
 
             x = self._decode_levels(len(images), self.config.levels, top_down, kept, finish=decode)
@@ -185,13 +189,14 @@ class HierarchicalVQ(nn.Module):
             rest = rest - F.interpolate(values, size=self.config.grids[finest], mode="nearest")
         return found
 
-    def _quantize(self, level: int, z: Tensor, keys: Tensor) -> Quantized:
-        """Quantize (B, D, h, w) features."""
+    def _quantize(self, level: int, z: Tensor, keys: Tensor, counted: Tensor | None = None) -> Quantized:
+        """Quantize (B, D, h, w) features; `counted` (B,) says which pictures teach the codebook, None for all."""
         count = z.shape[2] * z.shape[3]
         places = torch.arange(count, dtype=torch.int64, device=z.device).repeat(len(z))
         level_keys = split_keys(keys, f"candidates {level}").repeat_interleave(count)
         quantizer = self._quantizer(level)
-        quantized: Quantized = quantizer(z.permute(0, 2, 3, 1).flatten(0, 2), split_keys(level_keys, places))
+        rows = None if counted is None else counted.repeat_interleave(count)
+        quantized: Quantized = quantizer(z.permute(0, 2, 3, 1).flatten(0, 2), split_keys(level_keys, places), rows)
         return quantized
 
     def _decode_levels(
@@ -277,7 +282,19 @@ class HierarchicalVQ(nn.Module):
             return self._to_grid(self._quantizer(level).lookup(codes[level].flatten()), level)
 
         x = self._decode_levels(len(codes[0]), len(codes), vectors)
-        return self.decoder.finish(x).clamp(-1, 1)
+        return self._finish(x).clamp(-1, 1)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        """(B, 3, H', W') whose sides the coarsest stride divides: the last row and column repeated."""
+        height, width = self.config.padded_size
+        below, right = height - images.shape[2], width - images.shape[3]
+        return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) pictures without padding, from the decoder's finest features."""
+        height, width = self.config.image_size
+        pictures = self.decoder.finish(x)
+        return pictures if pictures.shape[2:] == (height, width) else pictures[..., :height, :width]
 
     def _check_images(self, images: Tensor) -> None:
         expected = (3, *self.config.image_size)

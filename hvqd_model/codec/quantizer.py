@@ -27,9 +27,7 @@ from hvqd_model.randomness import derive_key, uniform
 
 Estimator = Literal["straight-through", "rotation"]
 
-_CHUNK_ELEMENTS = (
-    1 << 21
-)  # distances computed at once: 8 MiB in fp32, so that they are still in the cache when searched
+_CHUNK_ELEMENTS = 1 << 21  # distances computed at once: 8 MiB in fp32, still in the cache when they are searched
 _BLOCK = 64
 _EPSILON = 1e-5
 _NOBODY = torch.iinfo(torch.int64).max

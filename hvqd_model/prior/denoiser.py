@@ -173,7 +173,9 @@ class Denoiser(FrozenBuffers):
         hidden = round(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
-        self.heads = nn.ModuleList(CodeHead(width, size, config.code_dim) for size in config.codebook_sizes)
+        self.heads = nn.ModuleList(
+            CodeHead(width, size, dim) for size, dim in zip(config.codebook_sizes, config.code_dims, strict=True)
+        )
         angles = rotary_angles(config.grids, width // config.heads)
         rotation = torch.polar(torch.ones_like(angles), angles)
         self.register_buffer("rotation", rotation.to(torch.complex64), persistent=False)
@@ -253,7 +255,7 @@ class Denoiser(FrozenBuffers):
                     wanted = (place[wanted // size] - start) * size + wanted % size
                 embedding = self.embeddings[level]
                 assert isinstance(embedding, TokenEmbedding)
-                vectors = embedding.codebook * (embedding.scale * self.config.code_dim**-0.5)
+                vectors = embedding.codebook * (embedding.scale * embedding.codebook.shape[1] ** -0.5)
                 logits.append(self.heads[level](flat[wanted], vectors))
             else:
                 logits.append(features[0].new_zeros(0, self.config.codebook_sizes[level]))

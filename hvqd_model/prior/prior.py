@@ -66,7 +66,7 @@ class HierarchicalPrior(nn.Module):
         """
         super().__init__()
         self.config = config
-        shapes = [(size, config.code_dim) for size in config.codebook_sizes]
+        shapes = list(zip(config.codebook_sizes, config.code_dims, strict=True))
         if codebooks is None:
             codebooks = [torch.zeros(shape) for shape in shapes]
         if [tuple(codebook.shape) for codebook in codebooks] != shapes:

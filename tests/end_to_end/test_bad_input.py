@@ -33,7 +33,7 @@ def _refused(done: Finished, status: int, error: str, hint: str) -> None:
         (
             ["data.image_size=[20,20]"],
             r"image_size must be a multiple of the coarsest stride \(8\): \[20, 20\]",
-            r"image_size=\[\d+, \d+\], or strides that divide \[20, 20\]",
+            r"image_size=\[\d+, \d+\], strides that divide \[20, 20\], or padding=edge",
         ),
         (
             ["vq.model.strides=[4,8]"],

@@ -206,7 +206,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "settings that are refused": (
         lambda folder: rewrite(folder, strides=[8, 3]),
-        rf"^\S+config\.json is not valid: config: .*strides must be powers of two: \[8, 3\]{INVALID}",
+        rf"^\S+config\.json is not valid: config: .*each of strides must be a multiple of the next: \[8, 3\]{INVALID}",
     ),
     "settings of another version": (
         lambda folder: rewrite(folder, width="wide", colour="red"),

@@ -257,6 +257,23 @@ def test_every_weight_learns(hierarchy: str, quantizer: str) -> None:
 
 
 @pytest.mark.parametrize("hierarchy", HIERARCHIES)
+def test_a_codebook_learns_only_from_contexts_that_encoding_can_meet(hierarchy: str) -> None:
+    """With features a level is quantized beside the decoded coarser ones: without them it must not be learned from."""
+    model = started(settings(4, hierarchy=hierarchy, level_dropout=0.7)).train()
+    keys = torch.arange(32)
+    images = some_images(32)
+    output = model(images, keys)
+    with torch.no_grad():
+        whole = model.eval()(images, keys)
+    kept = model.train()._kept_levels(keys)
+    assert kept is not None and set(kept.tolist()) == {1, 2, 3, 4}
+    for level, statistics in enumerate(output.statistics):
+        met = kept >= level if hierarchy == "features" else torch.ones(32, dtype=torch.bool)
+        expected = torch.bincount(whole.codes[level][met].flatten(), minlength=SIZES[level]).float()
+        assert torch.equal(statistics.counts, expected), f"level {level}"
+
+
+@pytest.mark.parametrize("hierarchy", HIERARCHIES)
 def test_forward_changes_nothing_and_repeats_itself(hierarchy: str) -> None:
     model = started(settings(3, hierarchy=hierarchy, level_dropout=0.5)).train()
     before, random = state(model), torch.get_rng_state()

@@ -316,6 +316,42 @@ def test_statistics_equal_loops() -> None:
     assert torch.equal(output.statistics.candidates[order], z)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_that_do_not_count_teach_nothing(kind: Kind) -> None:
+    """The statistics and gradients are those of the others alone; the loss keeps the whole batch as its measure."""
+    quantizer, vectors = started(kind), normal(40, 3, seed=3)
+    counted = torch.arange(40) % 3 > 0
+    found, alone = vectors.clone().requires_grad_(), vectors[counted].clone().requires_grad_()
+    part = quantizer(found, keys(40), counted)
+    whole = quantizer(alone, keys(40)[counted])
+    part.loss.backward()
+    by_code = [p.grad.clone() for p in quantizer.parameters() if p.grad is not None]
+    quantizer.zero_grad()
+    whole.loss.backward()
+    share = float(counted.float().mean())
+    torch.testing.assert_close(part.loss, whole.loss * share)
+    assert found.grad is not None and alone.grad is not None
+    torch.testing.assert_close(found.grad[counted], alone.grad * share)
+    assert not found.grad[~counted].any()
+    assert len(by_code) == len(list(quantizer.parameters()))
+    for one, other in zip(by_code, [p.grad for p in quantizer.parameters()], strict=True):
+        assert other is not None
+        torch.testing.assert_close(one, other * share)
+    assert torch.equal(part.statistics.counts, whole.statistics.counts)
+    torch.testing.assert_close(part.statistics.sums, whole.statistics.sums)
+    kept = part.statistics.candidate_priorities < 40
+    assert torch.equal(part.statistics.candidates[kept], whole.statistics.candidates)
+
+
+def test_a_vector_that_does_not_count_never_restarts_a_code() -> None:
+    quantizer = ema(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), restart_threshold=0.5)
+    vectors = torch.tensor([[7.0, 7.0], [0.0, 1.0], [0.0, -1.0], [8.0, 8.0]])
+    quantizer.counts.copy_(torch.tensor([2.0, 0.0]))
+    out = quantizer(vectors, keys(4), torch.tensor([False, True, True, False]))
+    assert float(quantizer.update(out.statistics, 0)) == 1
+    assert quantizer.codebook[1].tolist() == pytest.approx([0.0, 1.0], abs=1e-4)
+
+
 @pytest.mark.parametrize("count", [40, 700])  # fewer and more vectors than there are candidates
 @pytest.mark.parametrize("parts", [(1, 39), (13, 14), (20,), (5, 5, 5)])
 def test_merged_statistics_do_not_depend_on_the_split(count: int, parts: tuple[int, ...]) -> None:
@@ -576,8 +612,10 @@ def test_quantizers_do_not_draw_their_start_from_a_global_generator() -> None:
 
 
 def test_unknown_kinds_and_estimators_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^quantizer must be ema, gradient or simvq: fsq\nhint: set quantizer=ema$"):
-        make_quantizer("fsq", 4, 2)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"^quantizer must be ema, gradient, simvq or fsq: other\nhint: set quantizer=ema$"
+    ):
+        make_quantizer("other", 4, 2)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"^estimator must be straight-through or rotation: gumbel\nhint: set estimator=rotation$"
     ):

@@ -115,7 +115,7 @@ def build_prior(root: Store, config: RunConfig) -> HierarchicalPrior:
         **config.prior.model.model_dump(),
         grids=vq.config.grids,
         codebook_sizes=vq.config.codebook_sizes,
-        code_dim=vq.config.code_dim,
+        code_dim=vq.config.code_dims,
         classes=tuple(dataset.facts["classes"]),
     )
     return HierarchicalPrior(prior_config, vq.codebooks)
