@@ -140,12 +140,27 @@ class SamplingSettings(Settings):
     """Network evaluations (twice with guidance)."""
     guidance: float = Field(3.0, ge=0)
     """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """[from, to] of the times, 1 pure noise and 0 clean, at which guidance acts; elsewhere a step costs half."""
     temperature: float = Field(1.0, gt=0)
     """Of the drawn codes."""
+    top_k: int | None = Field(None, ge=1)
+    """Draw only among so many of the likeliest codes; null draws among all."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Draw only among the fewest codes that together have this probability; null draws among all."""
     gumbel_scale: float = Field(1.0, ge=0)
     """Noise on the order in which codes are settled (confidence, purity): more variety, less caution."""
     batch: int = Field(100, ge=1)
     """Pictures the network draws at once; padded, so results do not depend on how many are asked for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"guidance_interval must rise within 0 and 1: [{low}, {high}]\nhint: [0, 1] guides at all times"
+            )
+        return self
 
 
 class EvaluationSettings(Settings):

@@ -94,7 +94,10 @@ def draw_codes(
             steps=sampling.steps,
             sampler=sampling.sampler,
             guidance=sampling.guidance if conditional else 1.0,
+            guidance_interval=sampling.guidance_interval,
             temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
             gumbel_scale=sampling.gumbel_scale,
             progress=report,
         )

@@ -60,13 +60,18 @@ def test_the_recipe_beside_a_grid_draws_it_again(finished_run: FinishedRun, tmp_
         "sampler": "ancestral",
         "steps": 3,
         "guidance": 2.0,
+        "guidance_interval": [0.0, 1.0],
         "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
         "gumbel_scale": 1.0,
         "batch": 16,
     }
     assert (recipe["class"], recipe["count"], recipe["seed"], recipe["sampling"]) == ("Flags", 4, 5, expected)
     (tmp_path / "again").mkdir()
-    settings = [part for name, value in recipe["sampling"].items() for part in ("--set", f"sampling.{name}={value}")]
+    settings = [
+        part for name, value in recipe["sampling"].items() for part in ("--set", f"sampling.{name}={json.dumps(value)}")
+    ]
     again = ("--class", recipe["class"], "-n", str(recipe["count"]), "--seed", str(recipe["seed"]), *settings)
     repeated = _sample(finished_run, tmp_path / "again", *again)
     assert Path(repeated["image"]).read_bytes() == Path(answer["image"]).read_bytes()

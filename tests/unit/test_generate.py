@@ -60,6 +60,33 @@ def test_the_class_and_the_seed_matter() -> None:
     assert any((a != b).any() for a, b in zip(first, draw_codes(prior, [2], [0], SAMPLING), strict=True))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 5},
+        {"sampler": "ancestral"},
+        {"guidance": 1.0},
+        {"guidance_interval": [0.5, 1.0]},
+        {"temperature": 0.3},
+        {"top_k": 1},
+        {"top_p": 0.05},
+        {"gumbel_scale": 30.0},
+    ],
+)
+def test_every_sampling_setting_matters(change: dict[str, object]) -> None:
+    _, prior = models()
+    before = SamplingSettings(steps=6, batch=4)
+    changed = SamplingSettings.model_validate(before.model_dump() | change)
+    first, second = (draw_codes(prior, SEEDS, LABELS, sampling) for sampling in (before, changed))
+    assert any((a != b).any() for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("interval", [[0.6, 0.5], [-0.1, 1.0], [0.0, 1.5]])
+def test_an_interval_that_does_not_rise_within_0_and_1_is_refused(interval: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"guidance_interval must rise within 0 and 1: .*\nhint: \[0, 1\] guides"):
+        SamplingSettings.model_validate({"guidance_interval": interval})
+
+
 def test_codes_are_codes() -> None:
     _, prior = models()
     coarse, fine = draw_codes(prior, SEEDS, LABELS, SAMPLING)
