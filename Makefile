@@ -4,7 +4,7 @@
 PYTHON_BIN := .venv/bin/python
 PYTEST := $(PYTHON_BIN) -m pytest
 
-.PHONY: run test test-unit test-long check install install-dev
+.PHONY: run test test-unit test-long check install install-dev install-bench
 
 run: install
 	.venv/bin/hvqd run --preset tiny $(ARGS)
@@ -29,3 +29,6 @@ install:
 
 install-dev:
 	@scripts/install.sh dev
+
+install-bench:  # also the libraries that the benchmarks measure against
+	@scripts/install.sh bench

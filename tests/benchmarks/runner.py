@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TextIO
@@ -76,6 +76,11 @@ class Benchmark:
     """Of the full form; the quick form measures once."""
     quick_decides: bool = False
     """Whether the quick form is enough to say that the targets hold."""
+    once: frozenset[str] = frozenset()
+    """Parts that only the first repeat measures."""
+    with_photographs: Callable[[Path], Mapping[str, Measure]] | None = None
+    """Further parts, for photographs in the parquet file that `--photos` names; without the option their targets are
+    missing."""
 
 
 # ---- the result ----
@@ -236,6 +241,8 @@ def measure_repeats(benchmark: Benchmark, parts: Parts, seed: int, *, quick: boo
     for repeat in range(repeats):
         figures: Figures = {}
         for part, measure in benchmark.parts.items():
+            if repeat and part in benchmark.once:
+                continue
             started = time.monotonic()
             figures |= parts.get(part, repeat, lambda measure=measure, repeat=repeat: measure(quick, seed + repeat))
             seconds = time.monotonic() - started
@@ -251,13 +258,21 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, last")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first repeat")
     parser.add_argument("--fresh", action="store_true", help="forget what was prepared and measured before")
+    if benchmark.with_photographs:
+        parser.add_argument("--photos", type=Path, metavar="PATH", help="parquet file of photographs: image, photo")
     options = parser.parse_args(arguments)
+    photos: Path | None = getattr(options, "photos", None)
+    if benchmark.with_photographs and photos:
+        if not photos.is_file():
+            parser.error(f"--photos must name a parquet file: {photos}")
+        benchmark = replace(benchmark, parts={**benchmark.parts, **benchmark.with_photographs(photos)})
     switch_off_telemetry()
     if options.fresh:
         shutil.rmtree(work_folder(benchmark.name))
     folder = work_folder(benchmark.name)
     described = machine()
-    key = hashlib.sha256(f"{code_digest()} {described} {options.quick} {options.seed}".encode()).hexdigest()[:16]
+    given = f"{options.quick} {options.seed} {photos and (photos.resolve(), photos.stat().st_size)}"
+    key = hashlib.sha256(f"{code_digest()} {described} {given}".encode()).hexdigest()[:16]
     parts = Parts(folder / ("quick" if options.quick else "full"), key)
     if options.quick:
         parts.forget()
@@ -270,8 +285,9 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
         return 1
     figures = medians(repeats)
     if not options.quick:
-        command = f"`python tests/benchmarks/{benchmark.name}.py{f' --seed {options.seed}' if options.seed else ''}`"
-        facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": described, "command": command}
+        words = [f"--seed {options.seed}"] * bool(options.seed) + ["--photos PATH"] * bool(photos)
+        command = " ".join([f"python tests/benchmarks/{benchmark.name}.py", *words])
+        facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": described, "command": f"`{command}`"}
         facts["repeats"] = str(len(repeats))
         update_page(PAGE, benchmark.name, section(benchmark, repeats, facts))
     parts.forget()

@@ -16,6 +16,7 @@ from tests.benchmarks.runner import (
     Parts,
     Target,
     machine,
+    main,
     measure_repeats,
     medians,
     result,
@@ -98,6 +99,25 @@ def test_an_interrupted_run_goes_on_with_the_parts_that_are_missing(tmp_path: Pa
     assert done == [("one", 0), ("two", 0), ("one", 1)]
     assert measured == [("two", 1)]
     assert repeats == [{"one": 0.0, "two": 0.0}, {"one": 1.0, "two": 1.0}]
+
+
+def test_a_part_that_is_measured_once_is_in_the_first_repeat_alone(tmp_path: Path) -> None:
+    benchmark = a_benchmark(
+        parts={"often": lambda quick, seed: {"a": float(seed)}, "once": lambda quick, seed: {"b": float(seed)}},
+        once=frozenset({"once"}),
+    )
+    found = measure_repeats(benchmark, Parts(tmp_path, "key"), 4, quick=False, log=io.StringIO())
+    assert found == [{"a": 4.0, "b": 4.0}, {"a": 5.0}, {"a": 6.0}]
+
+
+def test_photographs_that_are_not_there_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = a_benchmark(with_photographs=lambda path: {})
+    with pytest.raises(SystemExit) as stopped:
+        main(benchmark, ["--photos", str(tmp_path / "none.parquet")])
+    assert stopped.value.code == 2
+    assert "--photos must name a parquet file" in capsys.readouterr().err
 
 
 def test_parts_of_other_code_or_arguments_are_not_taken(tmp_path: Path) -> None:
