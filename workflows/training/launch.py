@@ -10,7 +10,6 @@ import os
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from infra.errors import EnvironmentFailure, InputError
 from workflows.artifacts import MANIFEST, Manifest, check_files, find_manifest, read_manifest, write_manifest
 from workflows.context import Context
 from workflows.requests import PARENTS, request_of
+from workflows.training.mailbox import Mailbox
 from workflows.training.worker import StageName, TrainingJob, train_worker
 
 Work = Callable[[dict[str, Any]], None]
@@ -26,23 +26,6 @@ Work = Callable[[dict[str, Any]], None]
 _POLL_SECONDS = 0.3
 _HEALTH_CHECK_SECONDS = "0.5"  # Ray's 2 s would be spent several times in a stage's start and end
 _LEAVE_OUT = ("checkpoints/", "ray/")
-
-
-class Mailbox:
-    """An actor that holds what workers report until the driver takes it."""
-
-    def __init__(self) -> None:
-        self._messages: deque[tuple[str, Any]] = deque(maxlen=10_000)
-
-    def put(self, message: tuple[str, Any]) -> None:
-        """Leave a message."""
-        self._messages.append(message)
-
-    def take(self) -> list[tuple[str, Any]]:
-        """All messages so far."""
-        taken = list(self._messages)
-        self._messages.clear()
-        return taken
 
 
 def train_vq(context: Context) -> Manifest:
@@ -141,6 +124,10 @@ def run_job(job: TrainingJob, context: Context, work: Work = train_worker) -> in
 
 def _fit(job: TrainingJob, mailbox: Any, work: Work) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
+    if job.config.compute.address is None:
+        # Nobody takes a cluster of one's own away, and nobody reads its metrics: two processes less to wait for.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
