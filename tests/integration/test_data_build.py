@@ -188,6 +188,23 @@ def test_a_current_dataset_is_not_made_again(built: tuple[Path, Manifest], mixed
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
+def test_a_picture_added_to_the_folder_makes_the_dataset_anew(
+    built: tuple[Path, Manifest], mixed: Path, tmp_path: Path
+) -> None:
+    """Where its pictures are not at hand a dataset stays current."""
+    root = Path(shutil.copytree(built[0], tmp_path / "root"))
+    source = Path(shutil.copytree(mixed, tmp_path / "source"))
+    settings = (SOME_BAD, "data.shard_rows=10", "compute.workers=1")
+    before = build(root, source, *settings)
+    assert before.digest == built[1].digest
+    Image.new("RGB", (32, 32), (1, 200, 3)).save(source / "cat" / "new.png")
+    after = build(root, source, *settings)
+    assert sum(after.facts["rows"].values()) == sum(before.facts["rows"].values()) + 1
+    assert set(Store(str(root / "dataset")).files()) == {*after.files, "manifest.json"}
+    shutil.rmtree(source)
+    assert build(root, source, *settings) == after
+
+
 def test_neither_the_workers_nor_the_place_of_the_source_change_the_content(
     built: tuple[Path, Manifest], mixed: Path, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ from workflows.data.shards import (
     shard_name,
     to_parquet,
 )
-from workflows.data.sources import Raw, Unit, list_units
+from workflows.data.sources import Raw, Unit, has_changed, list_units, source_digest
 from workflows.data.splits import SPLITS, group_key, split_number
 from workflows.requests import request_of
 
@@ -75,13 +75,15 @@ def build_dataset(context: Context) -> Manifest:
     settings, store = context.config.data, context.root.child("dataset")
     request = request_of("dataset", context.config, {})
     present = find_manifest(store)
-    if present is not None and present.request == request:
+    changed = present is not None and has_changed(settings, present.provenance.get("source"))
+    if present is not None and present.request == request and not changed:
         check_files(store, present)
         return present
     started = time.monotonic()
     staging = store.child(STAGING, request[:16])
     try:
-        names = _decode(staging, context)
+        listing = _decode(staging, context)
+        names = listing.names
         plan = make_plan(names, staging, settings, context.config.seed)
     except InputError:
         store.child(STAGING).delete()  # what the user mends may be the pictures, so nothing of them is kept
@@ -101,7 +103,11 @@ def build_dataset(context: Context) -> Manifest:
         "duplicates": plan.duplicates,
         "image_size": list(settings.image_size),
     }
-    provenance = {"seconds": round(time.monotonic() - started, 1), "units": len(names)}
+    provenance = {
+        "seconds": round(time.monotonic() - started, 1),
+        "units": len(names),
+        "source": source_digest(listing.contents),
+    }
     manifest = write_manifest(
         store, "dataset", request, {}, facts, provenance, known=entries, leave_out=(f"{STAGING}/",)
     )
@@ -164,6 +170,8 @@ class _Listing:
     """The units' staging names in order, while units stream by."""
 
     names: list[str] = field(default_factory=list)
+    contents: list[str] = field(default_factory=list)
+    """The units' content digests."""
     pictures: int = 0
     """Listed so far."""
     finished: int = 0
@@ -174,6 +182,7 @@ class _Listing:
         for number, unit in enumerate(units):
             name = f"unit-{number:06d}-{unit.digest[:16]}.parquet"
             self.names.append(name)
+            self.contents.append(unit.content_digest)
             self.pictures += len(unit.members)
             if name in present:
                 self.finished += len(unit.members)
@@ -181,14 +190,14 @@ class _Listing:
                 yield name, unit
 
 
-def _decode(staging: Store, context: Context) -> list[str]:
+def _decode(staging: Store, context: Context) -> _Listing:
     """The staging files of all units, made now unless they are there."""
     settings, listing, done = context.config.data, _Listing(), 0
     jobs = listing.unfinished(list_units(settings), set(staging.files()))
     for summary in map_units(lambda: _DecodeWorker(settings, staging), jobs, context.config.compute):
         done += int(summary["pictures"])
         context.progress.update(listing.finished + done, listing.pictures, "pictures")
-    return listing.names
+    return listing
 
 
 # ---- pass 3: write ----

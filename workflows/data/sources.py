@@ -24,7 +24,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.errors import InputError
+from infra.errors import EnvironmentFailure, InputError
 from infra.storage import Store, open_store
 from workflows.artifacts import digest_of
 from workflows.config import DataSettings
@@ -86,6 +86,11 @@ class Unit:
         """Of everything the unit refers to."""
         return digest_of([self.kind, self.folder, self.name, self.size, self.members, vars(self.columns)])
 
+    @property
+    def content_digest(self) -> str:
+        """Of what is there, wherever it lies: names, sizes and places."""
+        return digest_of([self.kind, self.name, self.size, self.members])
+
 
 @dataclass(frozen=True)
 class Raw:
@@ -122,6 +127,28 @@ def list_units(settings: DataSettings) -> Iterator[Unit]:
             f"no pictures in data.source: {settings.source}\n"
             "hint: give a folder with pictures, .tar shards or .parquet files (or `emoji`, the bundled set)"
         )
+
+
+def source_digest(contents: Iterable[str]) -> str:
+    """Of a source's whole listing, from its units' content digests in order.
+
+    It is another one when a picture is added, taken away, renamed or replaced by a file of another size.
+    """
+    return digest_of(list(contents))
+
+
+def has_changed(settings: DataSettings, recorded: str | None) -> bool:
+    """Whether a local source is another one than when its listing had this digest.
+
+    A source that is away has not changed (a root may be used where its pictures are not), and one in an object store
+    is not asked: to list it can take minutes.
+    """
+    if recorded is None or (settings.source != "emoji" and not open_store(settings.source).is_local):
+        return False
+    try:
+        return source_digest(unit.content_digest for unit in list_units(settings)) != recorded
+    except (InputError, EnvironmentFailure):
+        return False
 
 
 def check_source(settings: DataSettings) -> None:
