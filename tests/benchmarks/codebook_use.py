@@ -1,0 +1,52 @@
+"""How much of its codebooks each kind of quantizer uses after the `tiny` preset's training."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from typing import get_args
+
+import numpy as np
+from picture_sets import emoji, subset
+from runner import Benchmark, Figures, Target, main
+from trials import configured, encoded, mean_psnr, reconstructions, run, tokenizer_trial
+
+from hvqd_model.config import QuantizerKind
+
+KINDS: tuple[QuantizerKind, ...] = get_args(QuantizerKind)
+SIZES = (1_024, 4_096)
+TOKENS_A_CODE = 20
+QUICK_IMAGES = 640
+
+
+def measure(kind: QuantizerKind, size: int, quick: bool, seed: int) -> Figures:
+    """Usage of each level over at least TOKENS_A_CODE tokens a code of training pictures, and held-out PSNR."""
+    pictures = emoji(32)
+    config = configured("tiny", [f"vq.model.quantizer={kind}", f"vq.model.codebook_sizes=[{size},{size}]"], seed)
+    trial = tokenizer_trial(config, pictures.train)
+    run(trial, QUICK_IMAGES if quick else config.vq.train.images)
+    fewest = min(rows * columns for rows, columns in trial.model.config.grids)
+    codes = encoded(trial.model, subset(pictures.train, np.arange(math.ceil(TOKENS_A_CODE * size / fewest))))
+    name = f"{size}_{kind}"
+    figures = {f"usage_{name}_level_{level}": len(np.unique(found)) / size for level, found in enumerate(codes.codes)}
+    decibels = mean_psnr(reconstructions(trial.model, pictures.held_out), pictures.held_out)
+    return {f"usage_{name}": min(figures.values()), **figures, f"psnr_{name}": decibels}
+
+
+BENCHMARK = Benchmark(
+    name="codebook_use",
+    what=(
+        "The share of codes that occur at least once in 20 tokens a code of training pictures (emoji, 32 x 32), "
+        "after the `tiny` preset's training, by quantizer and codebook size of both levels: `usage` is that of the "
+        "level that uses less. Beside it the PSNR of held-out pictures."
+    ),
+    parts={f"{size}_{kind}": partial(measure, kind, size) for size in SIZES for kind in KINDS},
+    targets=tuple(
+        Target(f"usage_{size}_{kind}", ">=", 0.95 if size == min(SIZES) else 0.8) for size in SIZES for kind in KINDS
+    ),
+    repeats=1,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCHMARK))
