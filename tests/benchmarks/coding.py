@@ -1,8 +1,8 @@
 """Bits of codes: what a grid of codes costs at most, and a real entropy coder that says what it does cost.
 
-The coder is a range variant of asymmetric numeral systems (Duda, arXiv:1311.2540) whose state is one whole number of
-any size, so nothing is rounded: a picture's codes become the bytes of that number. Its tables are part of the codec, as
-the weights are; they are counted on training pictures.
+The coder is an arithmetic one (Rissanen and Langdon, IBM J. Res. Dev. 23, 1979) whose interval is two whole numbers of
+any size, so nothing is rounded; a picture becomes the fewest bytes that lie in its interval. Its tables are part of the
+codec, as the weights are: they are counted on training pictures.
 
 Axes: N symbols, K codes.
 """
@@ -63,22 +63,31 @@ class Table:
 
 
 def encode(symbols: Sequence[tuple[int, Table]]) -> bytes:
-    """The bytes of (code, table) symbols in order."""
-    state = 1  # not 0, which would forget zeros in front
-    for code, table in reversed(symbols):
-        frequency = table.frequencies[code]
-        whole, rest = divmod(state, frequency)
-        state = (whole << PRECISION) + table.starts[code] + rest
-    return state.to_bytes((state.bit_length() + 7) // 8, "big")
+    """The bytes of (code, table) symbols in order; how many symbols there are is not in them."""
+    low, width, precision = 0, 1, 0  # the interval [low, low + width) in units of 2^-precision
+    for code, table in symbols:
+        low = (low << PRECISION) + width * table.starts[code]
+        width *= table.frequencies[code]
+        precision += PRECISION
+    count = max(0, precision - width.bit_length()) // 8
+    while True:
+        unit = max(0, precision - 8 * count)  # a string of this many bytes is a multiple of 2^unit
+        number = -(-low >> unit)
+        if number << unit < low + width:
+            return (number << max(0, 8 * count - precision)).to_bytes(count, "big")
+        count += 1
 
 
 def decode(content: bytes, tables: Sequence[Table]) -> list[int]:
     """The codes that `encode` was given, from its bytes and the tables of its symbols."""
-    state = int.from_bytes(content, "big")
+    value = int.from_bytes(content, "big")
+    low, width, precision = 0, 1, 0
     codes = []
     for table in tables:
-        place = state & ((1 << PRECISION) - 1)
+        precision += PRECISION
+        place = (((value << precision) >> 8 * len(content)) - (low << PRECISION)) // width
         code = int(np.searchsorted(table.starts, place, side="right")) - 1
-        state = table.frequencies[code] * (state >> PRECISION) + place - table.starts[code]
         codes.append(code)
+        low = (low << PRECISION) + width * table.starts[code]
+        width *= table.frequencies[code]
     return codes

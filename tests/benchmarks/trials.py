@@ -175,8 +175,9 @@ def images_per_second(trials: Mapping[str, Trial]) -> dict[str, float]:
 
 def start_somewhere(model: HierarchicalVQ) -> None:
     """Let the codebooks start, from vectors that mean nothing: enough for a tokenizer that is only timed."""
-    for level, size in enumerate(model.config.codebook_sizes):
-        model.start_codebook(level, torch.randn(size, model.config.code_dims[level]), 0)
+    generator = torch.Generator().manual_seed(0)
+    for level, shape in enumerate(zip(model.config.codebook_sizes, model.config.code_dims, strict=True)):
+        model.start_codebook(level, torch.randn(shape, generator=generator), 0)
 
 
 def affordable(images_a_second: float, seconds: float, settings: TrainSettings) -> int:
