@@ -16,6 +16,17 @@ _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @dataclass(frozen=True)
+class Version:
+    """One version of a registered model."""
+
+    number: str
+    created: float
+    """Seconds since 1970."""
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Registry:
     """The registered models of a tracking store."""
 
@@ -49,12 +60,38 @@ class Registry:
                 "hint: look at who promotes, then run the same command again"
             )
 
+    def drop_alias(self, model: str, alias: str) -> None:
+        """Take an alias away; nothing happens when there is none."""
+        if self.alias(model, alias) is not None:
+            with explained(self.uri):
+                self.client.delete_registered_model_alias(model, alias)
+
     def version_tagged(self, model: str, tag: str, value: str) -> str | None:
         """The newest version that carries a tag's value."""
         with explained(self.uri):
             found = self.client.search_model_versions(f"name = '{model}'")
         versions = [int(entry.version) for entry in found if entry.tags.get(tag) == value]
         return str(max(versions)) if versions else None
+
+    def versions(self, model: str) -> list[Version]:
+        """All versions of a model, oldest first; empty when there is no such model."""
+        with explained(self.uri):
+            found = self.client.search_model_versions(f"name = '{model}'")
+        # The search does not fill in aliases.
+        full = [self._version(model, str(entry.version)) for entry in found]
+        return sorted(
+            (
+                Version(
+                    str(entry.version), entry.creation_timestamp / 1000, tuple(sorted(entry.aliases)), dict(entry.tags)
+                )
+                for entry in full
+            ),
+            key=lambda version: int(version.number),
+        )
+
+    def card(self, model: str, version: str) -> str:
+        """A version's description."""
+        return str(self._version(model, version).description or "")
 
     def create(self, model: str, source: str, run_id: str, tags: Mapping[str, str], description: str) -> str:
         """A new version whose files lie at `source`."""
@@ -105,6 +142,23 @@ class Registry:
                 artifact_uri=self.source(model, version), dst_path=str(target), tracking_uri=self.uri
             )
         return Path(found)
+
+    def check_files(self, model: str, version: str) -> None:
+        """Raises InputError when the folder that a version points to is gone."""
+        source = self.source(model, version)
+        from mlflow.artifacts import list_artifacts
+        from mlflow.exceptions import MlflowException
+
+        with explained(self.uri):
+            try:
+                found = list_artifacts(artifact_uri=source, tracking_uri=self.uri)
+            except (MlflowException, OSError):
+                found = []
+        if not any(entry.path.endswith("MLmodel") for entry in found):
+            raise InputError(
+                f"the files of {model} version {version} are gone: {source}\n"
+                "hint: restore them, or name another version (`hvqd models ls` shows them)"
+            )
 
     def _version(self, model: str, version: str) -> Any:
         from mlflow.exceptions import MlflowException

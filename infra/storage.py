@@ -184,6 +184,43 @@ class Store:
             finally:
                 partial.unlink(missing_ok=True)
 
+    def create_bytes(self, name: str, content: bytes) -> bool:
+        """Write a file that must not exist yet, whole or not at all; of several writers exactly one succeeds.
+
+        On an object store this is a conditional write (`If-None-Match: *`), which AWS, SeaweedFS and Ceph honour. When
+        the store's answer to a write got lost, the retry finds the own file; equal content therefore counts as
+        success, and whoever needs to be the only winner puts something of his own into it.
+
+        Returns:
+            Whether the file is now there with this content because of this call.
+        """
+        if not self.is_local:
+            with _explained("write", f"{self.url}/{name}"):
+                try:
+                    self._fs.pipe_file(self._key(name), content, mode="create")
+                    return True
+                except FileExistsError:
+                    pass
+                except OSError as error:
+                    if "PreconditionFailed" not in str(error) and "ConditionalRequestConflict" not in str(error):
+                        raise
+            return self.read_bytes(name) == content
+        with _explained("write", f"{self.url}/{name}"):
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+            try:
+                with partial.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(partial, target)
+                return True
+            except FileExistsError:
+                return False
+            finally:
+                partial.unlink(missing_ok=True)
+
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
         """A file to read from, seekable, as a context manager; only what is asked for is transferred."""

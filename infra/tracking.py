@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +122,17 @@ class Tracker:
     def client(self) -> Any:
         """MLflow's client."""
         return client(self.uri, os.getpid())
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the store exists: only to ask an sqlite store would make one."""
+        return not self.uri.startswith(_SQLITE) or Path(self.uri.removeprefix(_SQLITE)).exists()
+
+    def shared_artifacts(self, experiment: str) -> str:
+        """URL of the folder that this store gives to an experiment's artifacts: the same one for everybody."""
+        with explained(self.uri):
+            found = self.client.get_experiment(replace(self, experiment=experiment)._experiment_id())
+        return str(found.artifact_location).removeprefix("file://")
 
     def check_answers(self) -> None:
         """Ask the store a small question.

@@ -1,7 +1,8 @@
 """A bundle: all that is needed to draw pictures, in one folder. What gets registered, and what `--model` may name.
 
 vq/ and prior/ hold the two models (see hvqd_model.export); bundle.json holds the classes' names and how often the data
-has them, the recommended sampling, and the digests of what it was made from; README.md is the model card.
+has them, the recommended sampling, and the digests of what it was made from; README.md is the model card; digests.json
+lists every file's SHA-256.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from infra.errors import InputError
 from workflows.config import SamplingSettings
 
 DESCRIPTION = "bundle.json"
+DIGESTS = "digests.json"
+"""SHA-256 of every other file of a bundle."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,37 @@ def write_bundle(
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
     (folder / "README.md").write_text(card)
+    (folder / DIGESTS).write_text(json.dumps(_file_digests(folder), indent=1, sort_keys=True) + "\n")
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below but the list of digests itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def bundle_digest(folder: Path) -> str:
+    """Of a bundle's list of digests, and so of all of it."""
+    return hashlib.sha256((folder / DIGESTS).read_bytes()).hexdigest()
+
+
+def bundle_problems(folder: Path, expected: str | None) -> list[str]:
+    """What is no longer as it was registered, a line each; empty when every byte is.
+
+    Args:
+        expected: the `bundle_digest` that the registry keeps; None for a version from before it kept one.
+    """
+    try:
+        listed = json.loads((folder / DIGESTS).read_text())
+    except (OSError, ValueError) as error:
+        return [f"{DIGESTS} cannot be read: {' '.join(str(error).split())}"]
+    found = _file_digests(folder)
+    problems = [f"{name} is missing" for name in listed if name not in found]
+    problems += [f"{name} has been changed" for name, digest in found.items() if listed.get(name, digest) != digest]
+    problems += [f"{name} does not belong here" for name in found if name not in listed]
+    if expected is not None and bundle_digest(folder) != expected:
+        problems.append(f"{DIGESTS} is not the one that was registered")
+    return sorted(problems)
 
 
 def load_bundle(folder: Path) -> LoadedBundle:

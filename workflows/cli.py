@@ -12,6 +12,7 @@ import typer
 
 from infra.secrets import mask
 from workflows.job import Job, exit_status, with_options
+from workflows.models_commands import models_app
 
 if TYPE_CHECKING:
     from workflows.pipeline import Pipeline
@@ -30,6 +31,7 @@ config_app = typer.Typer(help="See and check configurations.", no_args_is_help=T
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(config_app, name="config")
+app.add_typer(models_app, name="models")
 
 
 # ---- the path ----
@@ -125,13 +127,38 @@ def register(job: Job) -> None:
 def promote(
     job: Job,
     version: Annotated[str | None, typer.Option("--version", help="The version; default the candidate.")] = None,
+    override: Annotated[
+        str | None, typer.Option("--override", help="Why it shall be champion although a gate refuses; recorded.")
+    ] = None,
 ) -> None:
     """Move the alias `champion`, if every gate agrees (exit status 3 names those that do not)."""
-    from workflows.registry import promote as promote_version
+    from workflows.promotion import promote as promote_version
 
     pipeline = _look(job) if job.dry_run else _open(job)
-    result = promote_version(_context(job, pipeline), pipeline.tracker, version, dry_run=job.dry_run)
+    context = _context(job, pipeline)
+    result = promote_version(context, pipeline.tracker, version, dry_run=job.dry_run, override=override)
     job.answer({"status": 0, **result.as_json()}, result.as_text())
+
+
+@app.command("rollback")
+@with_options
+def rollback(
+    job: Job,
+    reason: Annotated[str, typer.Option("--reason", help="Why; recorded.")],
+    version: Annotated[str | None, typer.Option("--to", help="An earlier champion; default the last one.")] = None,
+) -> None:
+    """Make an earlier champion the champion again."""
+    from workflows.promotion import plan_rollback
+    from workflows.promotion import rollback as roll_back
+
+    pipeline = _look(job)
+    context = _context(job, pipeline)
+    if job.dry_run:
+        target = plan_rollback(context, pipeline.tracker, version)
+        job.answer({"status": 0, "version": target}, f"would make version {target} champion again")
+        return
+    entry = roll_back(context, pipeline.tracker, version, reason)
+    job.answer({"status": 0, **entry.as_json()}, entry.as_text())
 
 
 @app.command("report")

@@ -204,6 +204,9 @@ class TrackingSettings(Settings):
     """MLflow experiment."""
     model_name: str = Field("hvqd", min_length=1)
     """Registered model."""
+    audit: str | None = None
+    """Folder or URL of the promotions' journal, shared by all who promote; null: `audit/` under the root for an sqlite
+    store, beside the server's artifacts for a server."""
 
 
 class RunConfig(Settings):

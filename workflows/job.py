@@ -149,6 +149,9 @@ def run_job(job: Job, body: Callable[[Job], None]) -> None:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         body(job)
+    except BrokenPipeError:
+        # Whoever reads the answer has seen enough (`hvqd … | head`); Python must not try to flush the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:
         job.progress.finish()
         _fail(job, error)

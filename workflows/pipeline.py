@@ -77,9 +77,20 @@ def state_of(kind: str, config: RunConfig, root: Store) -> tuple[State, Manifest
     return "current", manifest
 
 
+def source_changed(config: RunConfig, root: Store) -> bool:
+    """Whether the pictures that the dataset was made from are others by now; only building it asks."""
+    from workflows.data.sources import has_changed
+
+    manifest = find_manifest(artifact(root, "dataset"))
+    return manifest is not None and has_changed(config.data, manifest.provenance.get("source"))
+
+
 def plan(config: RunConfig, root: Store) -> dict[str, State]:
     """The state of every artifact, in the order of the path; reads manifests, writes nothing."""
-    return {kind: state_of(kind, config, root)[0] for kind in FOLDERS}
+    states = {kind: state_of(kind, config, root)[0] for kind in FOLDERS}
+    if states["dataset"] == "current" and source_changed(config, root):
+        return {kind: "stale" if state == "current" else state for kind, state in states.items()}
+    return states
 
 
 def tracker_for(config: RunConfig, root: Store) -> Tracker:
@@ -142,12 +153,14 @@ class Pipeline:
         """The step's artifact, made now unless it is current."""
         step = STEPS[kind]
         state, manifest = state_of(kind, self.config, self.root)
+        changed = kind == "dataset" and manifest is not None and source_changed(self.config, self.root)
+        if changed:
+            state, manifest = "stale", None
         if manifest is not None:
             self.progress.say(f"{step.kind:<11} current   {manifest.digest[:12]}")
             return manifest
-        self.progress.say(
-            f"{step.kind:<11} {step.does}" + (" (settings or parents have changed)" if state == "stale" else "")
-        )
+        why = "its source has changed" if changed else "settings or parents have changed"
+        self.progress.say(f"{step.kind:<11} {step.does}" + (f" ({why})" if state == "stale" else ""))
         started = time.monotonic()
         parents = {parent: read for parent in PARENTS[kind] if (read := find_manifest(artifact(self.root, parent)))}
         key = digest_of(
@@ -174,7 +187,8 @@ class Pipeline:
         Raises:
             GateRefusal: a gate refused; the report is written all the same.
         """
-        from workflows.registry import promote, register
+        from workflows.promotion import promote
+        from workflows.registry import register
 
         context = Context(self.config, self.root, self.progress, self.open_parent())
         registration = register(context, self.tracker)

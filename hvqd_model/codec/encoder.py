@@ -64,7 +64,8 @@ def unfold(x: Tensor, cell: Cell) -> Tensor:
 
 def factors(ratio: Cell) -> list[Cell]:
     """Steps of a prime factor an axis, small ones first, that multiply to a ratio of two cells."""
-    return list(zip_longest(*(_primes(side) for side in ratio), fillvalue=1))
+    rows, columns = ratio
+    return list(zip_longest(_primes(rows), _primes(columns), fillvalue=1))
 
 
 def _primes(number: int) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 import yaml
 
-from tests.command_line import environment, run_hvqd
+from tests.command_line import environment, run_hvqd, start_hvqd
 from tests.conftest import FinishedRun
 from workflows.cli import app
 
@@ -26,7 +26,14 @@ _OWN: dict[str, set[str]] = {
     "train prior": set(),
     "evaluate": set(),
     "register": set(),
-    "promote": {"--version"},
+    "promote": {"--version", "--override"},
+    "rollback": {"--to", "--reason"},
+    "models ls": set(),
+    "models show": {"version"},
+    "models diff": {"first", "second"},
+    "models history": {"--verify"},
+    "models verify": {"version"},
+    "models repair": set(),
     "report": set(),
     "sample": {"--out", "-n", "--class", "--model", "--steps", "--guidance", "--sampler"},
     "config show": set(),
@@ -48,7 +55,7 @@ def test_the_commands_and_their_flags_are_these() -> None:
     assert dict(_flags()) == {path: own | _COMMON for path, own in _OWN.items()}
 
 
-@pytest.mark.parametrize("path", ["", "data", "train", "config", *_OWN])
+@pytest.mark.parametrize("path", ["", "data", "train", "config", "models", *_OWN])
 def test_help_names_every_flag_and_loads_nothing_heavy(path: str, tmp_path: Path) -> None:
     """What takes long to load is named here, because a clock would judge the machine."""
     done = subprocess.run(
@@ -130,7 +137,20 @@ def test_bad_usage_is_two_lines_and_status_2(arguments: list[str], error: str, h
 # ---- dry runs ----
 
 
-@pytest.mark.parametrize("path", sorted(set(_OWN) - {"promote"}))
+_REGISTRY = {
+    "promote": ([], "the model hvqd has no candidate to promote", "`hvqd register` makes one"),
+    "rollback": (["--reason", "x"], "the model hvqd has no champion to go back from", "`hvqd promote` makes one"),
+    **{
+        f"models {command}": (given, "the model hvqd has no versions yet", "`hvqd register` makes one")
+        for command, given in {
+            "ls": [], "show": ["1"], "diff": ["1", "2"], "history": [], "verify": ["champion"], "repair": [],
+        }.items()
+    },
+}  # fmt: skip
+"""Commands that ask the registry: what they need, and what they say where there is none."""
+
+
+@pytest.mark.parametrize("path", sorted(set(_OWN) - set(_REGISTRY)))
 def test_a_dry_run_touches_nothing(path: str, tmp_path: Path) -> None:
     more = ["--out", "grid.png"] if path == "sample" else []
     arguments = [*path.split(), *more, "--dry-run", "--json", "--root", "new/root"]
@@ -142,13 +162,23 @@ def test_a_dry_run_touches_nothing(path: str, tmp_path: Path) -> None:
         assert done.answer["plan"]["codes"] == "missing"
 
 
-def test_a_dry_promotion_of_nothing_touches_nothing(tmp_path: Path) -> None:
-    done = run_hvqd("promote", "--dry-run", "--root", "new/root", cwd=tmp_path, env=environment(tmp_path))
+@pytest.mark.parametrize("path", _REGISTRY)
+def test_what_asks_an_absent_registry_says_so_and_makes_none(path: str, tmp_path: Path) -> None:
+    more, error, hint = _REGISTRY[path]
+    arguments = (*path.split(), *more, "--dry-run", "--root", "new/root")
+    done = run_hvqd(*arguments, cwd=tmp_path, env=environment(tmp_path))
     assert (done.status, done.out) == (2, "")
-    assert re.fullmatch(
-        r"error: the model hvqd has no candidate to promote\nhint: `hvqd register` makes one\n", done.err
-    )
+    assert done.err == f"error: {error}\nhint: {hint}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_that_nobody_reads_to_the_end_is_no_error(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """As in `hvqd … | head -1`."""
+    for command in (("config", "show"), ("models", "show", "champion")):
+        process = start_hvqd(*command, "--root", str(finished_run.root), cwd=tmp_path, env=finished_run.env)
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 0)
 
 
 def test_dry_runs_on_a_finished_root_say_so_and_leave_it_as_it_is(finished_run: FinishedRun, tmp_path: Path) -> None:

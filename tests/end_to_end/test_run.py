@@ -50,7 +50,8 @@ def test_a_refusing_gate_is_named_recorded_and_keeps_the_champion(finished_run: 
     root = tmp_path / "run"
     shutil.copytree(finished_run.root, root)
     (root / "report.html").unlink()
-    before = set((root / "audit").iterdir())
+    audit = root / "audit" / "hvqd"
+    before = set(audit.glob("*.json"))
 
     refused = _run(root, finished_run, "--set", "gates.min_psnr=99")
     error, hint = refused.err.splitlines()[-2:]
@@ -63,9 +64,9 @@ def test_a_refusing_gate_is_named_recorded_and_keeps_the_champion(finished_run: 
     assert (root / "report.html").is_file()
     assert set(_runs(root)["pipeline"]) == {"FINISHED"}, "a refusal is an answer"
 
-    (record,) = [json.loads(path.read_text()) for path in set((root / "audit").iterdir()) - before]
+    (record,) = [json.loads(path.read_text()) for path in set(audit.glob("*.json")) - before]
     gates = {gate["gate"]: gate["passed"] for gate in record["gates"]}
-    assert (record["version"], record["previous"], record["moved"]) == ("1", "1", False)
+    assert (record["action"], record["version"], record["champion"]) == ("refuse", "1", "1")
     assert gates == {"min_psnr": False, "min_codebook_usage": True}
     assert _aliases(root)["champion"] == "1"
 

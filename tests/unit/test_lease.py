@@ -1,0 +1,145 @@
+"""Writing only once, and holding a lease: exactly one winner, whatever the timing, and nobody waits for the dead."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from infra.errors import EnvironmentFailure
+from infra.lease import hold
+from infra.storage import Store
+
+HOLDER = """
+import sys, time
+from infra.lease import hold
+from infra.storage import Store
+
+with hold(Store(sys.argv[1]), "a test", seconds=float(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_of_many_writers_of_one_name_exactly_one_succeeds(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for name in ("a", "b/c", "d"):
+        begin, won = threading.Barrier(8), []
+
+        def write(number: int, name: str = name, begin: threading.Barrier = begin, won: list[int] = won) -> None:
+            begin.wait()
+            if store.create_bytes(name, b"%d" % number * 10_000):
+                won.append(number)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert store.read_bytes(name) == b"%d" % won[0] * 10_000
+    assert sorted(store.files()) == ["a", "b/c", "d"]
+
+
+def test_holders_take_turns(tmp_path: Path) -> None:
+    store, inside, most, turns = Store(str(tmp_path)), [], [], []
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            with hold(store, "counting") as lease:
+                inside.append(number)
+                most.append(len(inside))
+                turns.append(lease.number)
+                assert lease.is_held()
+                inside.remove(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 20 and max(most) == 1
+    assert turns == sorted(set(turns)), "numbers only grow"
+    assert len(store.children()) == 1, "what is past is cleared away"
+
+
+def test_who_waits_in_vain_is_told_who_holds_it(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    said = r"second: first is under way by .*@.* \(process \d+\) since 2.*\nhint: wait for it; .* after 60 s"
+    with hold(store, "first"), pytest.raises(EnvironmentFailure, match=said), hold(store, "second", patience_seconds=0):
+        pytest.fail("two holders")
+
+
+def test_a_lease_is_free_again_after_an_error(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(KeyError), hold(store, "first"):
+        raise KeyError
+    with hold(store, "second", patience_seconds=0) as lease:
+        assert lease.number == 2
+
+
+@contextmanager
+def another_holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), "600"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_holder_on_this_machine_is_passed_over_at_once(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with another_holder(tmp_path) as process:
+        with pytest.raises(EnvironmentFailure, match="a test is under way"), hold(store, "early", patience_seconds=0):
+            pytest.fail("it is alive")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with hold(store, "late", patience_seconds=0) as lease:
+            assert lease.number == 2
+
+
+def test_a_holder_elsewhere_is_passed_over_when_its_time_is_up(tmp_path: Path) -> None:
+    """Another machine's process cannot be looked at, even if its number is one of here that has ended."""
+    store = Store(str(tmp_path))
+    with another_holder(tmp_path):
+        pass
+    file = tmp_path / "000000000001.json"
+    entry = json.loads(file.read_text())
+    entry["process"][0] = "another boot"
+    file.write_text(json.dumps(entry))
+    with pytest.raises(EnvironmentFailure, match="a test is under way"), hold(store, "early", patience_seconds=0):
+        pytest.fail("the time is not up")
+    file.write_text(json.dumps(entry | {"until": time.time() - 1}))
+    with hold(store, "late", patience_seconds=0) as lease:
+        assert lease.number == 2
+
+
+def test_a_holder_that_was_overtaken_learns_of_it(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with hold(store, "slow", seconds=0.0) as slow:
+        slow.check_held()
+        with hold(store, "quick", patience_seconds=0):
+            assert not slow.is_held()
+            with pytest.raises(EnvironmentFailure, match=re.escape(f"the lock {store.url} was taken over")):
+                slow.check_held()
+
+
+def test_a_damaged_lease_does_not_lock_everybody_out(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write_bytes("000000000007.json", b"{half")
+    with hold(store, "next", patience_seconds=0) as lease:
+        assert lease.number == 8
+    assert json.loads(store.read_bytes("000000000008.json"))["released"] is True

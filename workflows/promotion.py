@@ -1,0 +1,326 @@
+"""Step 7: a version becomes champion if every gate agrees, and can be taken back.
+
+A decision is first written to the journal (workflows.journal), then the registry's aliases follow. MLflow's aliases
+know no compare-and-set, so promoters take turns by a lease, and a crash in between is mended by whoever comes next:
+an entry counts as applied when the registry keeps its digest on the version it speaks of, which is done last.
+
+`champion` is what is used, `previous` what a rollback goes back to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from infra.errors import GateRefusal, InputError
+from infra.lease import Lease, hold
+from infra.models import Registry
+from infra.storage import Store, open_store
+from infra.tracking import Tracker
+from workflows.context import Context
+from workflows.gates import GateResult, judge
+from workflows.journal import MOVES, Action, Entry, Journal
+
+ENTRY_TAG = "hvqd.audit"
+"""On a version: the digest of the journal's last entry about it that has been applied."""
+_LEASE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class PromotionResult:
+    """What a promotion did, or would do."""
+
+    model: str
+    version: str
+    previous: str | None
+    """The champion before."""
+    gates: list[GateResult]
+    moved: bool
+    """Whether the alias has been moved now."""
+    overridden: str | None = None
+    """The reason why it was moved against a gate."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "model": self.model,
+            "version": self.version,
+            "previous": self.previous,
+            "moved": self.moved,
+            "overridden": self.overridden,
+            "gates": [gate.as_json() for gate in self.gates],
+        }
+
+    def as_text(self) -> str:
+        """For people."""
+        lines = [gate.as_text() for gate in self.gates]
+        if self.moved:
+            was = f" (was version {self.previous})" if self.previous else ""
+            against = f", against its gates: {self.overridden}" if self.overridden else ""
+            lines.append(f"champion  {self.model} version {self.version}{was}{against}")
+        elif self.previous == self.version:
+            lines.append(f"champion  {self.model} version {self.version} already")
+        else:
+            lines.append(f"would make {self.model} version {self.version} champion")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Promoter:
+    """Who moves the aliases of one model: its registry, its journal and the lease beside it."""
+
+    registry: Registry
+    model: str
+    folder: Store
+    """Holds the journal's entries, and the lease in `lease/`."""
+    patience_seconds: float = 30.0
+    """How long to wait for another promoter."""
+
+    @property
+    def journal(self) -> Journal:
+        """The model's journal."""
+        return Journal(self.folder, self.model)
+
+    @contextmanager
+    def turn(self, what: str) -> Iterator[Lease]:
+        """One at a time, and only after what a crash left unfinished is finished."""
+        with self._lease(what) as lease:
+            self._finish(lease)
+            yield lease
+
+    def _lease(self, what: str) -> AbstractContextManager[Lease]:
+        folder = self.folder.child("lease")
+        return hold(folder, what, seconds=_LEASE_SECONDS, patience_seconds=self.patience_seconds)
+
+    def _finish(self, lease: Lease) -> None:
+        """Apply the journal's head where its writer did not come so far."""
+        entries = self.journal.entries()
+        if not entries:
+            return
+        if self.registry.tags(self.model, entries[-1].version).get(ENTRY_TAG) != entries[-1].digest:
+            self._apply(entries[-1], lease)
+        expected, found = entries[-1].champion, self.registry.alias(self.model, "champion")
+        if found != expected:
+            raise InputError(
+                f"the alias champion of {self.model} points to version {found}, the journal says {expected}: it was "
+                "moved by other means\nhint: `hvqd models repair` puts it back to what the journal says"
+            )
+
+    def _apply(self, entry: Entry, lease: Lease) -> None:
+        if entry.action in MOVES:
+            for alias, version in (("champion", entry.champion), ("previous", entry.previous)):
+                lease.check_held()
+                if version is not None:
+                    self.registry.set_alias(self.model, alias, version)
+                else:
+                    self.registry.drop_alias(self.model, alias)
+        self.registry.set_tag(self.model, entry.version, ENTRY_TAG, entry.digest)
+
+    def decide(
+        self, lease: Lease, action: Action, version: str, reason: str, gates: Sequence[GateResult] = ()
+    ) -> Entry:
+        """Write a decision and apply it."""
+        journal, tags = self.journal, self.registry.tags(self.model, version)
+        entries = journal.entries()
+        stack = champions(entries) or [
+            found for alias in ("previous", "champion") if (found := self.registry.alias(self.model, alias))
+        ]
+        match action:
+            case "promote" | "override":
+                stack = [*stack, version]
+            case "rollback":
+                stack = stack[: stack.index(version) + 1] if version in stack else [*stack, version]
+        entry = journal.append(
+            entries[-1] if entries else None,
+            action=action,
+            version=version,
+            champion=stack[-1] if stack else None,
+            previous=stack[-2] if len(stack) > 1 else None,
+            reason=reason,
+            gates=[gate.as_json() for gate in gates],
+            figures=json.loads(tags.get("hvqd.figures", "{}")),
+            protocol=tags.get("hvqd.protocol", ""),
+        )
+        if entry is None:
+            lease.check_held()  # says that somebody else was faster
+            raise InputError(
+                f"the journal at {self.folder.url} was written by something that does not hold its lock\n"
+                "hint: see `hvqd models history`, then run the same command again"
+            )
+        self._apply(entry, lease)
+        return entry
+
+    def repair(self) -> Entry | None:
+        """Put the aliases where the journal says, whoever moved them; None when there is nothing in the journal."""
+        with self._lease(f"repair of {self.model}") as lease:
+            entries = self.journal.entries()
+            moves = [entry for entry in entries if entry.action in MOVES]
+            if moves:
+                self._apply(moves[-1], lease)
+            if entries:
+                self._apply(entries[-1], lease)
+            return moves[-1] if moves else None
+
+
+def champions(entries: Sequence[Entry]) -> list[str]:
+    """The champions that a rollback can go back through, oldest first; the last one is champion."""
+    stack: list[str] = []
+    for entry in entries:
+        if entry.action == "rollback" and entry.version in stack:
+            stack = stack[: stack.index(entry.version) + 1]
+        elif entry.action in MOVES:
+            if not stack and entry.previous is not None:  # champion before the journal began
+                stack.append(entry.previous)
+            stack.append(entry.version)
+    return stack
+
+
+def promoter_for(context: Context, tracker: Tracker) -> Promoter:
+    """The promoter of the configuration's model.
+
+    Raises:
+        InputError: no place for the journal that all promoters of the registry share.
+    """
+    config = context.config.tracking
+    return Promoter(Registry(tracker.uri), config.model_name, _folder(context, tracker).child(config.model_name))
+
+
+def _folder(context: Context, tracker: Tracker) -> Store:
+    """Where the journals of this registry's models lie: the same place for everybody who uses the registry."""
+    named = context.config.tracking.audit
+    if named is not None:
+        return open_store(named)
+    if tracker.uri.startswith("sqlite:///"):
+        return context.root.child("audit")
+    location = tracker.shared_artifacts("hvqd.audit")
+    if location.startswith("mlflow-artifacts:"):
+        raise InputError(
+            "the tracking server keeps artifacts for itself, and a journal needs a place that can be written only "
+            f"once: {location}\nhint: name a folder or s3:// prefix that all promoters share: --set tracking.audit=URL"
+        )
+    return open_store(location)
+
+
+def promote(
+    context: Context,
+    tracker: Tracker,
+    version: str | None = None,
+    *,
+    dry_run: bool = False,
+    override: str | None = None,
+) -> PromotionResult:
+    """Move the alias `champion` to a version if every gate agrees; `previous` keeps the old champion.
+
+    Args:
+        version: default the candidate.
+        dry_run: ask the gates, move nothing, record nothing.
+        override: why it shall be champion although a gate refuses; recorded.
+
+    Raises:
+        InputError: there is no such version, or an empty reason.
+        GateRefusal: a gate refused; it is named with its value and threshold.
+    """
+    model, registry = context.config.tracking.model_name, Registry(tracker.uri)
+    wanted = (version or registry.alias(model, "candidate")) if tracker.is_there else None
+    if wanted is None:
+        raise InputError(f"the model {model} has no candidate to promote\nhint: `hvqd register` makes one")
+    if override is not None and not override.strip():
+        raise InputError("--override needs a reason\nhint: it is recorded, for example --override 'fixes the flags'")
+    registry.tags(model, wanted)  # that it exists, before anybody is kept waiting
+    if dry_run:
+        champion = registry.alias(model, "champion")
+        results = _judge(context, registry, model, wanted, champion)
+        _refuse_if_any_failed(model, wanted, results, override)
+        return PromotionResult(model, wanted, champion, results, moved=False)
+    promoter = promoter_for(context, tracker)
+    with promoter.turn(f"promotion of {model} version {wanted}") as lease:
+        champion = registry.alias(model, "champion")
+        results = _judge(context, registry, model, wanted, champion)
+        failed = any(not gate.passed for gate in results)
+        if failed and override is None:
+            promoter.decide(lease, "refuse", wanted, "", results)
+        elif champion != wanted:
+            promoter.decide(lease, "override" if failed else "promote", wanted, override or "", results)
+    _refuse_if_any_failed(model, wanted, results, override)
+    return PromotionResult(model, wanted, champion, results, champion != wanted, override if failed else None)
+
+
+def _refuse_if_any_failed(model: str, version: str, results: list[GateResult], override: str | None) -> None:
+    failed = [gate for gate in results if not gate.passed]
+    if failed and override is None:
+        lines = "; ".join(gate.as_text() for gate in failed)
+        raise GateRefusal(
+            f"version {version} of {model} is not promoted: {lines}\n"
+            "hint: train longer, or change the gate if it asks for the wrong thing (--set gates.NAME=VALUE)"
+        )
+
+
+def _judge(context: Context, registry: Registry, model: str, wanted: str, champion: str | None) -> list[GateResult]:
+    tags = registry.tags(model, wanted)
+    against: dict[str, Any] | None = None
+    comparable = True
+    if champion is not None and champion != wanted:
+        other = registry.tags(model, champion)
+        against = json.loads(other.get("hvqd.figures", "{}"))
+        comparable = other.get("hvqd.protocol") == tags.get("hvqd.protocol")
+    return judge(
+        json.loads(tags.get("hvqd.figures", "{}")),
+        against,
+        context.config.gates,
+        conditional=tags.get("hvqd.conditional") == "true",
+        comparable=comparable,
+    )
+
+
+def rollback(context: Context, tracker: Tracker, version: str | None, reason: str) -> Entry:
+    """Make an earlier champion the champion again, without asking the gates.
+
+    Args:
+        version: default the champion before this one.
+        reason: recorded.
+
+    Raises:
+        InputError: no reason, nothing to go back to, never champion, or its files are gone.
+    """
+    if not reason.strip():
+        raise InputError("--reason must say why\nhint: it is recorded, for example --reason 'flags come out grey'")
+    model = context.config.tracking.model_name
+    _check_is_there(tracker, model)
+    promoter = promoter_for(context, tracker)
+    with promoter.turn(f"rollback of {model}") as lease:
+        return promoter.decide(lease, "rollback", _target(promoter, version), reason)
+
+
+def plan_rollback(context: Context, tracker: Tracker, version: str | None) -> str:
+    """The version that `rollback` would make champion; the same errors, and nothing is moved."""
+    _check_is_there(tracker, context.config.tracking.model_name)
+    return _target(promoter_for(context, tracker), version)
+
+
+def _check_is_there(tracker: Tracker, model: str) -> None:
+    if not tracker.is_there:
+        raise InputError(f"the model {model} has no champion to go back from\nhint: `hvqd promote` makes one")
+
+
+def _target(promoter: Promoter, version: str | None) -> str:
+    """The earlier champion to go back to, whose files are there."""
+    model, stack = promoter.model, champions(promoter.journal.entries())
+    target = version or (stack[-2] if len(stack) > 1 else None)
+    if target is None:
+        raise InputError(
+            f"the model {model} has no earlier champion to go back to\n"
+            "hint: `hvqd models history` shows what has been champion"
+        )
+    if target not in stack:
+        known = ", ".join(stack) or "there is none"
+        raise InputError(
+            f"version {target} of {model} is none of the champions to go back to: {known}\n"
+            "hint: `hvqd promote --version` asks the gates about any version"
+        )
+    if stack[-1] == target:
+        raise InputError(f"version {target} of {model} is champion already\nhint: nothing was changed")
+    promoter.registry.check_files(model, target)
+    return target
