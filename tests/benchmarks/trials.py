@@ -154,7 +154,7 @@ def engine_of(trial: Trial) -> PlainEngine:
     return PlainEngine(trial.objective, settings, CPU)
 
 
-def images_per_second(trials: Mapping[str, Trial]) -> dict[str, float]:
+def images_per_second(trials: Mapping[str, Trial], turns: int = TURNS) -> dict[str, float]:
     """How fast each of the trials trains once its codebooks have started, measured in turns; spends the trials."""
     engines = {name: engine_of(trial) for name, trial in trials.items()}
     seen = dict.fromkeys(trials, 0)
@@ -162,7 +162,7 @@ def images_per_second(trials: Mapping[str, Trial]) -> dict[str, float]:
     for trial in trials.values():
         if isinstance(trial, VQTrial):
             start_somewhere(trial.model)
-    for turn in range(TURNS + 1):  # the first is not counted
+    for turn in range(turns + 1):  # the first is not counted
         for name in trials if turn % 2 else reversed(trials):
             watch = StopWatch(seen[name])
             seen[name] += (1 + TURN_STEPS) * trials[name].settings.global_batch
