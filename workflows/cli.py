@@ -103,9 +103,28 @@ def train_prior(job: Job) -> None:
 
 @app.command("evaluate")
 @with_options
-def evaluate(job: Job) -> None:
-    """Judge the models on the held-out test split."""
-    _step(job, "evaluation")
+def evaluate(
+    job: Job,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A registered version to judge anew: its number or an alias.")
+    ] = None,
+) -> None:
+    """Judge the models on the held-out test split; with --model a version, by this root's protocol and pictures."""
+    if model is None:
+        _step(job, "evaluation")
+        return
+    pipeline = _look(job) if job.dry_run else _open(job)
+    if job.dry_run:
+        from workflows.registry import find_version
+
+        number = find_version(pipeline.tracker, job.config.tracking.model_name, model)
+        job.answer({"status": 0, "version": number}, f"would judge version {number} by the settings of this root")
+        return
+    from workflows.evaluate import evaluate_version
+
+    found = evaluate_version(_context(job, pipeline), pipeline.tracker, model)
+    value = {"version": found.version, "protocol": found.protocol_digest, "figures": found.values}
+    job.answer({"status": 0, **value, "folder": found.folder}, found.folder)
 
 
 @app.command("register")

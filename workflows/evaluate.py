@@ -8,9 +8,11 @@ Axes: N test pictures, n pictures of a set, D features.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from hvqd_model.randomness import derive_key
+from infra.models import Registry
+from infra.tracking import Tracker
 from workflows.artifacts import Manifest, check_files, digest_of, find_manifest, read_manifest, write_manifest
 from workflows.context import Context
 from workflows.evaluation_figures import (
@@ -40,11 +44,13 @@ from workflows.evaluation_sets import (
     drawn,
     floor,
     gather,
+    gather_version,
     marginals,
     untrained,
 )
 from workflows.generate import decode_codes, padded
 from workflows.judge import ClassJudge
+from workflows.registry import find_version, judged_tag, load_version
 from workflows.requests import PARENTS, request_of
 
 COMMANDS = {
@@ -76,12 +82,7 @@ def evaluate(context: Context) -> Manifest:
         subject = gather(context, parents, Parts(store, request), Path(folder))
         figures, pictures = _judge(subject)
         protocol = _protocol(subject, parents["dataset"].digest)
-        content = {
-            "protocol": {**protocol, "n": {name: figure.n for name, figure in sorted(figures.items())}},
-            "figures": {name: figure.json for name, figure in sorted(figures.items())},
-            "grids": {name: grid.layout for name, grid in pictures.items()},
-        }
-        store.write_json("metrics.json", content)
+        store.write_json("metrics.json", _content(figures, pictures, protocol))
         store.write_json("code_counts.json", [count.tolist() for count in subject.counts])
         for name, grid in pictures.items():
             store.write_bytes(name, grid.png)
@@ -107,6 +108,63 @@ def evaluate(context: Context) -> Manifest:
     )
     store.delete(PARTS_FOLDER)
     return manifest
+
+
+@dataclass(frozen=True)
+class VersionFigures:
+    """What a registered version shows when it is judged anew."""
+
+    version: str
+    protocol_digest: str
+    values: dict[str, float]
+    folder: str
+    """URL of the folder with metrics.json and the pictures."""
+
+
+def evaluate_version(context: Context, tracker: Tracker, name: str) -> VersionFigures:
+    """Judge a registered version by this configuration's protocol, on this root's pictures, and tell the registry.
+
+    Promotion compares two versions only when both were judged alike: this is how an older one catches up.
+
+    Args:
+        name: its number or an alias.
+
+    Raises:
+        InputError: no such version, or one that this root's dataset does not fit.
+    """
+    registry, model = Registry(tracker.uri), context.config.tracking.model_name
+    number = find_version(tracker, model, name)
+    dataset = read_manifest(context.root.child("dataset"), COMMANDS["dataset"])
+    bundle = load_version(tracker, model, f"models:/{model}/{number}")
+    key = digest_of([bundle.digest, dataset.digest, *_settings(context)])
+    store = context.root.child("evaluations", f"{model}-version-{number}-{key[:12]}")
+    subject = gather_version(context, dataset, bundle, Parts(store, key))
+    protocol = _protocol(subject, dataset.digest)
+    figures, pictures = _judge(subject)
+    for picture, grid in pictures.items():
+        store.write_bytes(picture, grid.png)
+    store.write_json("metrics.json", _content(figures, pictures, protocol))
+    store.delete(PARTS_FOLDER)
+    values = {name: figure.json["value"] for name, figure in sorted(figures.items())}
+    digest = digest_of(protocol)
+    registry.set_tag(model, number, judged_tag(digest), json.dumps(values, sort_keys=True))
+    return VersionFigures(number, digest, values, store.url)
+
+
+def _settings(context: Context) -> list[object]:
+    config = context.config
+    return [config.evaluation.model_dump(mode="json"), config.sampling.model_dump(mode="json")]
+
+
+def _content(
+    figures: Mapping[str, Figure], pictures: Mapping[str, Grid], protocol: Mapping[str, Any]
+) -> dict[str, Any]:
+    """metrics.json."""
+    return {
+        "protocol": {**protocol, "n": {name: figure.n for name, figure in sorted(figures.items())}},
+        "figures": {name: figure.json for name, figure in sorted(figures.items())},
+        "grids": {name: grid.layout for name, grid in pictures.items()},
+    }
 
 
 def _judge(subject: Subject) -> tuple[dict[str, Figure], Mapping[str, Grid]]:

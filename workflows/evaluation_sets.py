@@ -20,9 +20,12 @@ from hvqd_model.randomness import derive_key, uniform
 from infra.errors import InputError
 from infra.storage import Store
 from workflows.artifacts import Manifest, check_files
+from workflows.bundle import LoadedBundle
 from workflows.config import SamplingSettings
 from workflows.context import Context
 from workflows.data.batches import CodeTable, ImageTable
+from workflows.data.splits import SPLITS
+from workflows.encode import encode_batches
 from workflows.evaluation_figures import PictureSet
 from workflows.features import FeatureExtractor
 from workflows.generate import Pictures, decode_codes, draw_images
@@ -102,7 +105,45 @@ def gather(context: Context, parents: Mapping[str, Manifest], parts: Parts, scra
             f"vq/model and prior/model must hold a tokenizer and a prior: "
             f"{type(vq).__name__} and {type(prior).__name__}\nhint: train both again"
         )
-    splits = {name: _read_split(context.root, parents, name) for name in ("train", "val", "test")}
+    splits = {name: _read_split(context.root, parents, name) for name in SPLITS}
+    return _subject(context, vq, prior, splits, parts)
+
+
+def gather_version(context: Context, dataset: Manifest, bundle: LoadedBundle, parts: Parts) -> Subject:
+    """The same for a registered version, on the pictures of this root; they are encoded with the version's tokenizer.
+
+    Raises:
+        InputError: the version is for other pictures or classes.
+    """
+    size, classes = tuple(dataset.facts["image_size"]), tuple(dataset.facts["classes"])
+    if bundle.vq.config.image_size != size or bundle.classes not in ((), classes):
+        raise InputError(
+            f"the version draws pictures of {list(bundle.vq.config.image_size)} of the classes "
+            f"{', '.join(bundle.classes) or 'none'}; the dataset has {list(size)} of {', '.join(classes) or 'none'}\n"
+            "hint: judge it in a root whose dataset it was made for"
+        )
+    splits = {name: _encode_split(context, dataset, bundle.vq, name, parts) for name in SPLITS}
+    return _subject(context, bundle.vq, bundle.prior, splits, parts)
+
+
+def _encode_split(context: Context, dataset: Manifest, vq: HierarchicalVQ, split: str, parts: Parts) -> Split:
+    images = ImageTable.open(context.root.child("dataset"), dataset, split)
+    shapes = [(len(images.ids), *grid) for grid in vq.config.grids]
+
+    def make() -> NDArray[np.int32]:
+        context.progress.say(f"  encoding the {split} pictures")
+        found = encode_batches(vq, images.images)
+        return np.concatenate([level.reshape(len(images.ids), -1) for level in found], axis=1)
+
+    flat = parts.array(f"codes-{split}", make)
+    edges = np.cumsum([rows * columns for _, rows, columns in shapes])[:-1]
+    codes = [level.reshape(shape) for level, shape in zip(np.split(flat, edges, axis=1), shapes, strict=True)]
+    return Split(images.ids, images.images, images.labels, images.groups, tuple(codes))
+
+
+def _subject(
+    context: Context, vq: HierarchicalVQ, prior: HierarchicalPrior, splits: Mapping[str, Split], parts: Parts
+) -> Subject:
     if len(splits["test"].ids) < 2 or len(splits["train"].ids) < 2:
         raise InputError(
             f"the test and train splits need at least 2 pictures each: {len(splits['test'].ids)} and "

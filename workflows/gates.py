@@ -88,7 +88,9 @@ def judge(
     if champion is not None:
         regression = _regression(figures, champion) if comparable else None
         what = "growth of KID over the champion's" + (
-            "" if comparable else " (judged by another protocol: take its settings, or gates.max_kid_regression=null)"
+            ""
+            if comparable
+            else " (judged by another protocol: `hvqd evaluate --model champion` judges it by this one)"
         )
         asked.append(("max_kid_regression", what, regression, gates.max_kid_regression))
     return [

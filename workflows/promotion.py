@@ -23,6 +23,7 @@ from infra.tracking import Tracker
 from workflows.context import Context
 from workflows.gates import GateResult, judge
 from workflows.journal import MOVES, Action, Entry, Journal
+from workflows.registry import figures_under
 
 ENTRY_TAG = "hvqd.audit"
 """On a version: the digest of the journal's last entry about it that has been applied."""
@@ -260,12 +261,11 @@ def _refuse_if_any_failed(model: str, version: str, results: list[GateResult], o
 
 def _judge(context: Context, registry: Registry, model: str, wanted: str, champion: str | None) -> list[GateResult]:
     tags = registry.tags(model, wanted)
-    against: dict[str, Any] | None = None
+    against: dict[str, float] | None = None
     comparable = True
     if champion is not None and champion != wanted:
-        other = registry.tags(model, champion)
-        against = json.loads(other.get("hvqd.figures", "{}"))
-        comparable = other.get("hvqd.protocol") == tags.get("hvqd.protocol")
+        found = figures_under(registry.tags(model, champion), tags.get("hvqd.protocol"))
+        against, comparable = found or {}, found is not None
     return judge(
         json.loads(tags.get("hvqd.figures", "{}")),
         against,

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from infra.errors import InputError
@@ -131,6 +132,38 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return found.stdout.strip()
+
+
+def judged_tag(protocol: str) -> str:
+    """The tag that holds a version's figures under a protocol that it was judged by later."""
+    return f"hvqd.judged.{protocol[:16]}"
+
+
+def figures_under(tags: Mapping[str, str], protocol: str | None) -> dict[str, float] | None:
+    """A version's figures under a protocol; None when it was never judged by that."""
+    if protocol is None:
+        return None
+    text = tags.get("hvqd.figures") if tags.get("hvqd.protocol") == protocol else tags.get(judged_tag(protocol))
+    figures: dict[str, float] | None = None if text is None else json.loads(text)
+    return figures
+
+
+def find_version(tracker: Tracker, model: str, name: str) -> str:
+    """The number of a version that is named by number or alias.
+
+    Raises:
+        InputError: there is no registry, or no such version.
+    """
+    if not tracker.is_there:
+        raise InputError(f"the model {model} has no versions yet\nhint: `hvqd register` makes one")
+    registry = Registry(tracker.uri)
+    found = name if name.isdigit() else registry.alias(model, name)
+    if found is None:
+        raise InputError(
+            f"no version of the model {model} has the alias {name}\nhint: `hvqd models ls` shows versions and aliases"
+        )
+    registry.tags(model, found)
+    return found
 
 
 def load_version(tracker: Tracker, model: str, uri: str | None = None) -> LoadedBundle:

@@ -16,7 +16,7 @@ from infra.tracking import Tracker
 from workflows.bundle import DESCRIPTION, bundle_problems
 from workflows.context import Context
 from workflows.promotion import ENTRY_TAG, Promoter, champions, promoter_for
-from workflows.registry import BUNDLE_TAG
+from workflows.registry import BUNDLE_TAG, find_version
 
 _LISTED = {"kid_samples": "KID", "psnr": "PSNR", "class_accuracy_samples": "class", "recall_samples": "recall"}
 _LINEAGE = ("dataset", "vq", "codes", "prior", "evaluation")
@@ -76,17 +76,6 @@ def _as_json(version: Version) -> dict[str, Any]:
     }
 
 
-def _find(registry: Registry, model: str, name: str) -> str:
-    """The number of a version that is named by number or alias."""
-    found = name if name.isdigit() else registry.alias(model, name)
-    if found is None:
-        raise InputError(
-            f"no version of the model {model} has the alias {name}\nhint: `hvqd models ls` shows versions and aliases"
-        )
-    registry.tags(model, found)
-    return found
-
-
 def show_version(context: Context, tracker: Tracker, name: str) -> Report:
     """A version's card, lineage and figures.
 
@@ -94,7 +83,7 @@ def show_version(context: Context, tracker: Tracker, name: str) -> Report:
         name: its number or an alias.
     """
     registry, model = _registry(context, tracker)
-    number = _find(registry, model, name)
+    number = find_version(tracker, model, name)
     version = next(version for version in registry.versions(model) if version.number == number)
     card = registry.card(model, number)
     figures = _figures(version.tags)
@@ -115,7 +104,7 @@ def show_version(context: Context, tracker: Tracker, name: str) -> Report:
 def compare_versions(context: Context, tracker: Tracker, first: str, second: str) -> Report:
     """Where two versions differ: lineage, protocol, settings of the models and of sampling, and figures."""
     registry, model = _registry(context, tracker)
-    names = [_find(registry, model, name) for name in (first, second)]
+    names = [find_version(tracker, model, name) for name in (first, second)]
     tags = [registry.tags(model, name) for name in names]
     figures = [_figures(one) for one in tags]
     settings = [_settings(registry, model, name) for name in names]
@@ -210,7 +199,7 @@ def verify_version(context: Context, tracker: Tracker, name: str) -> Report:
         InputError: a file is missing, changed or new (named).
     """
     registry, model = _registry(context, tracker)
-    number = _find(registry, model, name)
+    number = find_version(tracker, model, name)
     registry.check_files(model, number)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
         bundle = registry.download(model, number, Path(scratch)) / "artifacts" / "bundle"

@@ -24,7 +24,7 @@ _OWN: dict[str, set[str]] = {
     "train vq": set(),
     "encode": set(),
     "train prior": set(),
-    "evaluate": set(),
+    "evaluate": {"--model"},
     "register": set(),
     "promote": {"--version", "--override"},
     "rollback": {"--to", "--reason"},

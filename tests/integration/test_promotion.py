@@ -2,82 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.errors import EnvironmentFailure, GateRefusal, InputError
-from infra.models import Registry
-from infra.storage import open_store
-from infra.tracking import Tracker
-from workflows.config import RunConfig
-from workflows.context import Context, Silent
-from workflows.pipeline import tracker_for
-from workflows.promotion import ENTRY_TAG, champions, promote, promoter_for, rollback
+from tests.registry_place import KIDS, Place, race
+from workflows.promotion import ENTRY_TAG, promote, promoter_for, rollback
 from workflows.versions import compare_versions, history, list_versions, repair, show_version
-
-GOOD = {
-    "psnr": 25.0, "usage_0": 1.0, "kid_samples": 1.0, "kid_untrained": 9.0, "kid_marginals": 8.0,
-    "class_accuracy_samples": 0.5, "class_shuffled_samples": 0.1,
-}  # fmt: skip
-
-
-class Place:
-    """A root with an sqlite registry, and versions in it that have figures but no models."""
-
-    def __init__(self, root: Path, **settings: object) -> None:
-        self.config = RunConfig.model_validate({"root": str(root), **settings})
-        self.context = Context(self.config, open_store(str(root)), Silent(), None)
-        self.tracker: Tracker = tracker_for(self.config, self.context.root)
-        self.registry = Registry(self.tracker.uri)
-
-    def version(self, **figures: float) -> str:
-        """A new version with good figures but for these."""
-        run = self.tracker.run(f"register {time.monotonic_ns()}", "register")
-        folder = self.context.root.path / f"files-{time.monotonic_ns()}"
-        folder.mkdir(parents=True)
-        (folder / "MLmodel").write_text("flavors: {}\n")
-        source = run.log_folder(folder, "model")
-        tags = {"hvqd.figures": json.dumps(GOOD | figures), "hvqd.protocol": "p", "hvqd.conditional": "true"}
-        return self.registry.create("hvqd", source, run.run_id, tags, "a card")
-
-    @property
-    def champion(self) -> str | None:
-        return self.registry.alias("hvqd", "champion")
-
-    @property
-    def previous(self) -> str | None:
-        return self.registry.alias("hvqd", "previous")
-
-    def promote(self, version: str, **options: object) -> None:
-        promote(self.context, self.tracker, version, **options)  # type: ignore[arg-type]
-
-    def check_consistent(self) -> None:
-        """One champion that exists, passes its gates, and is what the journal says."""
-        promoter = promoter_for(self.context, self.tracker)
-        entries = promoter.journal.entries()
-        assert self.champion == (champions(entries) or [None])[-1]
-        assert self.previous == (champions(entries)[-2] if len(champions(entries)) > 1 else None)
-        for entry in entries:
-            assert entry.action in ("override", "refuse") or all(gate["passed"] for gate in entry.gates)
-        assert history(self.context, self.tracker, verify=True).value["verified"] is True
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path / "run")
-
-
-def actions(place: Place) -> list[tuple[str, str]]:
-    return [(entry.action, entry.version) for entry in promoter_for(place.context, place.tracker).journal.entries()]
 
 
 def test_a_release_owners_day(place: Place) -> None:
@@ -99,7 +37,7 @@ def test_a_release_owners_day(place: Place) -> None:
     assert rollback(place.context, place.tracker, None, "worse still").champion == "1"
     assert (place.champion, place.previous) == ("1", None)
     place.check_consistent()
-    assert actions(place) == [
+    assert place.actions() == [
         ("promote", "1"),
         ("refuse", "2"),
         ("override", "2"),
@@ -145,7 +83,7 @@ def test_an_override_without_a_reason_and_an_unknown_version_are_refused(place: 
         place.promote(one, override=" ")
     with pytest.raises(InputError, match=r"has no version 9 of the model hvqd\nhint: `hvqd register` makes one"):
         place.promote("9")
-    assert actions(place) == []
+    assert place.actions() == []
 
 
 def test_an_alias_that_was_moved_by_other_means_is_noticed_and_can_be_put_back(place: Place) -> None:
@@ -226,58 +164,13 @@ def test_while_a_promoter_is_at_it_nobody_else_is(place: Place) -> None:
     place.check_consistent()
 
 
-PROMOTER = """
-import sys, random
-from tests.integration.test_promotion import Place
-from pathlib import Path
-from workflows.promotion import rollback
-from infra.errors import GateRefusal, InputError
-
-place = Place(Path(sys.argv[1]))
-place.champion  # everything is loaded
-draw = random.Random(int(sys.argv[2]))
-print("ready", flush=True)
-while True:
-    try:
-        if draw.random() < 0.3:
-            rollback(place.context, place.tracker, None, "at random")
-        else:
-            place.promote(str(draw.randint(1, 6)))
-    except (GateRefusal, InputError):
-        pass
-"""
-
-
 def test_promoters_that_are_killed_at_random_moments_leave_one_explained_champion(place: Place) -> None:
     """Two at a time, killed after a random while; whoever comes next finishes what the dead began."""
-    root = place.context.root.path
-    for kid in (1.0, 2.0, 1.05, 0.9, 1.5, 1.0):
+    for kid in KIDS:
         place.version(kid_samples=kid)
-    draw = random.Random(5)
-    repository = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(repository)}
-    for round_ in range(4):
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", PROMOTER, str(root), str(10 * round_ + one)],
-                stdout=subprocess.PIPE, text=True, env=env, cwd=repository,
-            )
-            for one in range(2)
-        ]  # fmt: skip
-        for process in running:
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        before = len(actions(place))
-        deadline = time.monotonic() + 60
-        while len(actions(place)) < before + 2 + draw.randint(0, 3) and time.monotonic() < deadline:
-            time.sleep(draw.random() * 0.02)
-        for process in running:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        assert len(actions(place)) > before, "promoters came to their turn"
-        promoter = promoter_for(place.context, place.tracker)
-        with promoter.turn("the one after"):
-            pass
-        place.check_consistent()
+    recorded = [race(place, promoters=2, seed=seed) for seed in range(4)]
+    assert all(recorded), "promoters came to their turn in every round"
+    place.check_consistent()
 
 
 # ---- what is asked of the registry ----

@@ -120,7 +120,7 @@ def test_a_baseline_without_distance_shows_nothing() -> None:
 def test_a_champion_judged_by_another_protocol_is_not_compared() -> None:
     result = judge(GOOD, GOOD, GATES, conditional=True, comparable=False)[-1]
     assert (result.name, result.value, result.passed) == ("max_kid_regression", None, False)
-    assert "judged by another protocol: take its settings" in result.as_text()
+    assert "judged by another protocol: `hvqd evaluate --model champion`" in result.as_text()
 
 
 def test_an_answer_is_one_line_for_people_and_json_for_records() -> None:

@@ -1,0 +1,121 @@
+"""A real registry whose versions have figures but no models, and promoters that are killed at random moments."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from infra.errors import GateRefusal, InputError
+from infra.models import Registry
+from infra.storage import open_store
+from infra.tracking import Tracker
+from workflows.config import RunConfig
+from workflows.context import Context, Silent
+from workflows.pipeline import tracker_for
+from workflows.promotion import champions, promote, promoter_for, rollback
+from workflows.versions import history
+
+GOOD = {
+    "psnr": 25.0, "usage_0": 1.0, "kid_samples": 1.0, "kid_untrained": 9.0, "kid_marginals": 8.0,
+    "class_accuracy_samples": 0.5, "class_shuffled_samples": 0.1,
+}  # fmt: skip
+
+
+class Place:
+    """A root with an sqlite registry, and versions in it that have figures but no models."""
+
+    def __init__(self, root: Path, **settings: object) -> None:
+        self.config = RunConfig.model_validate({"root": str(root), **settings})
+        self.context = Context(self.config, open_store(str(root)), Silent(), None)
+        self.tracker: Tracker = tracker_for(self.config, self.context.root)
+        self.registry = Registry(self.tracker.uri)
+
+    def version(self, **figures: float) -> str:
+        """A new version with good figures but for these."""
+        run = self.tracker.run(f"register {time.monotonic_ns()}", "register")
+        folder = self.context.root.path / f"files-{time.monotonic_ns()}"
+        folder.mkdir(parents=True)
+        (folder / "MLmodel").write_text("flavors: {}\n")
+        source = run.log_folder(folder, "model")
+        tags = {"hvqd.figures": json.dumps(GOOD | figures), "hvqd.protocol": "p", "hvqd.conditional": "true"}
+        return self.registry.create("hvqd", source, run.run_id, tags, "a card")
+
+    @property
+    def champion(self) -> str | None:
+        return self.registry.alias("hvqd", "champion")
+
+    @property
+    def previous(self) -> str | None:
+        return self.registry.alias("hvqd", "previous")
+
+    def promote(self, version: str, **options: object) -> None:
+        promote(self.context, self.tracker, version, **options)  # type: ignore[arg-type]
+
+    def check_consistent(self) -> None:
+        """One champion that exists, passes its gates, and is what the journal says."""
+        promoter = promoter_for(self.context, self.tracker)
+        entries = promoter.journal.entries()
+        assert self.champion == (champions(entries) or [None])[-1]
+        assert self.previous == (champions(entries)[-2] if len(champions(entries)) > 1 else None)
+        for entry in entries:
+            assert entry.action in ("override", "refuse") or all(gate["passed"] for gate in entry.gates)
+        assert history(self.context, self.tracker, verify=True).value["verified"] is True
+
+    def actions(self) -> list[tuple[str, str]]:
+        """What the journal says, in order."""
+        return [(entry.action, entry.version) for entry in promoter_for(self.context, self.tracker).journal.entries()]
+
+
+KIDS = (1.0, 2.0, 1.05, 0.9, 1.5, 1.0)
+"""KID of each version that racing promoters choose from: some are too much worse than others."""
+
+
+def _promote_at_random(root: str, seed: int) -> None:
+    """Promote and roll back until killed."""
+    place, draw = Place(Path(root)), random.Random(seed)
+    while True:
+        try:
+            if draw.random() < 0.3:
+                rollback(place.context, place.tracker, None, "at random")
+            else:
+                place.promote(str(draw.randint(1, len(KIDS))))
+        except (GateRefusal, InputError):
+            pass
+
+
+def race(place: Place, promoters: int, seed: int) -> int:
+    """Let promoters run at once and kill each at a random moment; check what they leave, before and after repair.
+
+    Returns:
+        How many decisions they recorded.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    draw, before = random.Random(seed), len(place.actions())
+    running: list[BaseProcess] = [
+        context.Process(target=_promote_at_random, args=(str(place.context.root.path), 100 * seed + one), daemon=True)
+        for one in range(promoters)
+    ]
+    for process in running:
+        process.start()
+    deadline = time.monotonic() + 120
+    while len(place.actions()) == before:
+        assert time.monotonic() < deadline, "no promoter came to a decision within 120 s"
+    for process in running:
+        time.sleep(draw.random() * 0.2)  # the moment is what is being varied
+        assert process.is_alive() and process.pid is not None, "a promoter ended by itself"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    entries = promoter_for(place.context, place.tracker).journal.entries()
+    allowed = {(champions(part) or [None])[-1] for part in (entries, entries[:-1])}
+    assert place.champion in allowed, f"champion {place.champion} is neither the old nor the new one: {allowed}"
+    with promoter_for(place.context, place.tracker).turn("the one after"):
+        pass
+    place.check_consistent()
+    return len(entries) - before
