@@ -37,6 +37,7 @@ PAGE = REPOSITORY / "docs" / "benchmarks.md"
 PAGE_HEAD = """# Benchmarks
 
 Every section is written by the full form of its script, the median of paired repeats; text between sections is free.
+The libraries that some scripts measure against come with `make install-bench`.
 """
 PACKAGES = ("hvqd_model", "infra", "workflows", "tuning", "tests/benchmarks")
 
