@@ -84,7 +84,8 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """
     codebook = codebook.float()
     norms = codebook.square().sum(1)
-    rows = max(1, _CHUNK_ELEMENTS // len(codebook))
+    elements = _CHUNK_ELEMENTS if vectors.device.type == "cpu" else 8 * _CHUNK_ELEMENTS  # fewer launches
+    rows = max(1, elements // len(codebook))
     found = [_lowest(torch.addmm(norms, chunk.float(), codebook.t(), alpha=-2)) for chunk in torch.split(vectors, rows)]
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=vectors.device)
 
