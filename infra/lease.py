@@ -96,9 +96,13 @@ def _try(store: Store, what: str, seconds: float) -> tuple[Lease | None, dict[st
         "since": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "until": time.time() + seconds,
     }
-    if store.create_bytes(_name(newest + 1), json.dumps(entry).encode()):
-        return Lease(store, newest + 1, token), entry
-    return None, _read(store, newest + 1)
+    if not store.create_bytes(_name(newest + 1), json.dumps(entry).encode()):
+        return None, _read(store, newest + 1)
+    lease = Lease(store, newest + 1, token)
+    if lease.is_held():
+        return lease, entry
+    store.delete(_name(lease.number))  # a number of the past, free again because it was cleared away meanwhile
+    return None, _read(store, max(_numbers(store), default=0))
 
 
 def _process(pid: int) -> list[str] | None:

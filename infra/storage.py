@@ -98,6 +98,15 @@ def _explained(action: str, url: str) -> Iterator[None]:
         raise EnvironmentFailure(_store_message(action, url, error)) from error
 
 
+def _is_refused_condition(error: BaseException | None) -> bool:
+    """Whether an object store refused a conditional write because somebody else was first."""
+    while error is not None:
+        if isinstance(error, boto_errors.ClientError):
+            return error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict")
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _store_message(action: str, url: str, error: Exception) -> str:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default AWS endpoint"
     if isinstance(error, boto_errors.NoCredentialsError):
@@ -202,9 +211,12 @@ class Store:
                 except FileExistsError:
                     pass
                 except OSError as error:
-                    if "PreconditionFailed" not in str(error) and "ConditionalRequestConflict" not in str(error):
+                    if not _is_refused_condition(error):
                         raise
-            return self.read_bytes(name) == content
+            try:
+                return self.read_bytes(name) == content
+            except FileNotFoundError:  # the other one's, deleted since
+                return False
         with _explained("write", f"{self.url}/{name}"):
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,16 @@ import hashlib
 import json
 import pickle
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.lease import hold
 from infra.storage import Store
 
 
@@ -151,6 +154,48 @@ def a_copy_sent_to_another_process_is_the_same_store(store: Store) -> None:
     assert copy == store.child("inner").quick() and store.files() == {"a": 1, "inner/b": 1}
 
 
+def of_many_writers_of_a_new_name_exactly_one_succeeds(store: Store) -> None:
+    for name in ("a", "b/c"):
+        begin, won = threading.Barrier(8), []
+
+        def write(number: int, name: str = name, begin: threading.Barrier = begin, won: list[int] = won) -> None:
+            begin.wait()
+            if store.create_bytes(name, b"%d" % number * 1_000):
+                won.append(number)
+
+        together(write, 8)
+        assert len(won) == 1
+        assert store.read_bytes(name) == b"%d" % won[0] * 1_000
+        assert not store.create_bytes(name, b"late") and store.read_bytes(name) == b"%d" % won[0] * 1_000
+    assert sorted(store.files()) == ["a", "b/c"], "nothing half-written is left"
+
+
+def holders_of_a_lease_take_turns(store: Store) -> None:
+    inside: list[int] = []
+    most, turns = [], []
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            with hold(store, "counting", patience_seconds=120) as lease:
+                inside.append(number)
+                most.append(len(inside))
+                turns.append(lease.number)
+                lease.check_held()
+                inside.remove(number)
+
+    together(work, 3)
+    assert len(most) == 9 and max(most) == 1
+    assert turns == sorted(set(turns)), "numbers only grow"
+    assert len(store.children()) == 1, "what is past is cleared away"
+
+
+def together(work: Callable[[int], None], count: int) -> None:
+    """Run work(0), work(1), … at once; what one raises is raised here."""
+    with ThreadPoolExecutor(count) as pool:
+        for done in [pool.submit(work, number) for number in range(count)]:
+            done.result()
+
+
 FACTS: list[Callable[[Store], None]] = [
     what_is_written_is_read_back,
     json_is_read_back_and_does_not_depend_on_the_order_of_keys,
@@ -166,4 +211,6 @@ FACTS: list[Callable[[Store], None]] = [
     arrow_reads_and_writes_the_same_files,
     asking_whether_it_can_be_written_leaves_nothing,
     a_copy_sent_to_another_process_is_the_same_store,
+    of_many_writers_of_a_new_name_exactly_one_succeeds,
+    holders_of_a_lease_take_turns,
 ]

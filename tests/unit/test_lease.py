@@ -1,4 +1,4 @@
-"""Writing only once, and holding a lease: exactly one winner, whatever the timing, and nobody waits for the dead."""
+"""A lease: who waits is told for whom, and nobody waits for the dead. (That holders take turns is a store fact.)"""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,48 +27,6 @@ with hold(Store(sys.argv[1]), "a test", seconds=float(sys.argv[2])):
     print("held", flush=True)
     time.sleep(600)
 """
-
-
-def test_of_many_writers_of_one_name_exactly_one_succeeds(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    for name in ("a", "b/c", "d"):
-        begin, won = threading.Barrier(8), []
-
-        def write(number: int, name: str = name, begin: threading.Barrier = begin, won: list[int] = won) -> None:
-            begin.wait()
-            if store.create_bytes(name, b"%d" % number * 10_000):
-                won.append(number)
-
-        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(won) == 1
-        assert store.read_bytes(name) == b"%d" % won[0] * 10_000
-    assert sorted(store.files()) == ["a", "b/c", "d"]
-
-
-def test_holders_take_turns(tmp_path: Path) -> None:
-    store, inside, most, turns = Store(str(tmp_path)), [], [], []
-
-    def work(number: int) -> None:
-        for _ in range(5):
-            with hold(store, "counting") as lease:
-                inside.append(number)
-                most.append(len(inside))
-                turns.append(lease.number)
-                assert lease.is_held()
-                inside.remove(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(most) == 20 and max(most) == 1
-    assert turns == sorted(set(turns)), "numbers only grow"
-    assert len(store.children()) == 1, "what is past is cleared away"
 
 
 def test_who_waits_in_vain_is_told_who_holds_it(tmp_path: Path) -> None:
