@@ -265,6 +265,8 @@ class HierarchicalVQ(nn.Module):
         for level in range(self.config.levels):
             if not self.started(level):
                 raise ValueError(f"level {level} has no codebook yet\nhint: train the tokenizer further")
+        if len(images) == 0:  # convolutions do not know how to
+            return tuple(torch.zeros(0, *grid, dtype=torch.int64, device=images.device) for grid in self.config.grids)
         keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         quantized, _ = self._walk(images, keys, None, decode=False)
         return self._grids([level.indices for level in quantized])

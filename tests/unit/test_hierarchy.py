@@ -153,6 +153,13 @@ def test_a_pictures_codes_do_not_depend_on_its_batch(hierarchy: str) -> None:
         assert_equal_codes(model.encode(some_images()[place : place + 1]), [found[place, None] for found in together])
 
 
+def test_no_pictures_are_no_codes_and_back() -> None:
+    model = started(settings(3)).eval()
+    codes = model.encode(some_images()[:0])
+    assert [tuple(found.shape) for found in codes] == [(0, *grid) for grid in model.config.grids]
+    assert model.decode(codes).shape == (0, 3, 16, 8)
+
+
 # How levels depend on each other
 
 
