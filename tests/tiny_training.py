@@ -18,6 +18,7 @@ from hvqd_model.prior.prior import HierarchicalPrior
 from workflows.config import TrainSettings, VQTrainSettings
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.training.engine import Engine
+from workflows.training.judges import build_judges
 from workflows.training.loop import Record, TrainState
 from workflows.training.prior_stage import PriorStage
 from workflows.training.vq_stage import VQStage
@@ -88,7 +89,8 @@ def vq_stage(settings: VQTrainSettings, weights: int = 0, **architecture: Any) -
     }
     torch.manual_seed(weights)
     model = HierarchicalVQ(VQConfig(**(chosen | architecture)))
-    return VQStage(model, settings, 5, "fp32", image_table(20), image_table(6, seed=1))
+    judges = build_judges(settings, 5, "fp32", torch.device("cpu"))
+    return VQStage(model, settings, 5, "fp32", image_table(20), image_table(6, seed=1), judges)
 
 
 def prior_stage(settings: TrainSettings, weights: int = 0, **architecture: Any) -> PriorStage:

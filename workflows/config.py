@@ -91,11 +91,56 @@ class TrainSettings(Settings):
     """How many of the newest checkpoints stay."""
 
 
+class AdversarialSettings(Settings):
+    """A small network that learns to tell patches of reconstructions from real ones, against the tokenizer."""
+
+    weight: float = Field(0.0, ge=0)
+    """Strength of the adversarial gradient, relative to that of the reconstruction (0.1 to 0.8 is usual); 0 is off."""
+    start: float = Field(0.5, gt=0, lt=1)
+    """Share of the budget after which it begins; there must be an evaluation before, with all codebooks started."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate of its AdamW; it falls as the tokenizer's does."""
+    width: int = Field(32, ge=8, multiple_of=8)
+    """Channels after its first halving of the resolution, doubled at each further one."""
+    halvings: int = Field(2, ge=1, le=6)
+    """How often it halves the resolution: 1, 2, 3 judge patches of 12, 26, 54 pixels."""
+    guard_psnr_drop: float = Field(1.0, gt=0)
+    """It is switched off for good when the validation PSNR falls by more dB than this below the best from before."""
+
+
 class VQTrainSettings(TrainSettings):
     """The tokenizer's optimisation."""
 
     codebook_start: float = Field(0.04, ge=0, lt=1)
     """Share of the budget after which the codebooks start from k-means; before it the model is a plain auto-encoder."""
+    perceptual_weight: float = Field(0.0, ge=0)
+    """Weight of the distance (0 to 4) of pictures in the feature maps of EfficientNet-Lite0; 0 is off."""
+    perceptual_network: str | None = None
+    """File with other weights for those maps (.safetensors, or a torch state dict), readable by every worker; null:
+    ImageNet weights from the installed package."""
+    adversarial: AdversarialSettings = AdversarialSettings()
+    """The adversarial loss."""
+
+    @model_validator(mode="after")
+    def _check_adversarial(self) -> Self:
+        if self.adversarial.weight == 0:
+            return self
+        if self.zero_stage == 3:
+            raise ValueError(
+                "adversarial.weight must be 0 with zero_stage=3, which hides weights that its adaptive factor needs: "
+                f"{self.adversarial.weight}\nhint: set zero_stage=2, or adversarial.weight=0"
+            )
+        begins = self.adversarial.start * self.images
+        judged = begins // self.evaluate_every_images * self.evaluate_every_images
+        codebooks = self.codebook_start * self.images + self.global_batch
+        if judged <= codebooks:
+            raise ValueError(
+                "adversarial.start must leave an evaluation between the codebooks' start and itself, for its guard: "
+                f"start={self.adversarial.start} is after {begins:.0f} images, evaluate_every_images="
+                f"{self.evaluate_every_images}\n"
+                "hint: a later adversarial.start, or a smaller evaluate_every_images"
+            )
+        return self
 
 
 class VQStage(Settings):

@@ -68,7 +68,8 @@ def load_network(image_size: int | None, named: str | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # building draws weights that are about to be replaced
         network: nn.Module = EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
     _fill(network, _read(path), path)
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval().requires_grad_(False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

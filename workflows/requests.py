@@ -26,7 +26,7 @@ def _settings(kind: str, config: RunConfig) -> dict[str, Any]:
         case "dataset":
             return {"data": config.data.model_dump(mode="json"), "seed": config.seed}
         case "vq":
-            return {"vq": config.vq.model_dump(mode="json"), "seed": config.seed}
+            return {"vq": _tokenizer(config), "seed": config.seed}
         case "codes":
             return {}
         case "prior":
@@ -41,11 +41,30 @@ def _settings(kind: str, config: RunConfig) -> dict[str, Any]:
     raise ValueError(f"no such artifact: {kind}")
 
 
+def _tokenizer(config: RunConfig) -> dict[str, Any]:
+    """Stage 1's settings, without those of losses that are off, and with the content of a named file."""
+    asked = config.vq.model_dump(mode="json")
+    train, settings = asked["train"], config.vq.train
+    if settings.adversarial.weight == 0:
+        del train["adversarial"]
+    named = train.pop("perceptual_network")
+    if settings.perceptual_weight == 0:
+        del train["perceptual_weight"]
+    elif named is not None:
+        from workflows.feature_network import weights_digest  # torch, which a plan alone can do without
+
+        train["perceptual_network"] = weights_digest(named)
+    return asked
+
+
 def request_of(kind: str, config: RunConfig, parents: dict[str, Manifest]) -> str:
     """The digest a manifest of this kind must carry to be current.
 
     Args:
         kind: a key of PARENTS.
         parents: the manifests of its parents, by kind.
+
+    Raises:
+        InputError: a file that the settings name is not there.
     """
     return request_digest(kind, _settings(kind, config), {name: parents[name].digest for name in PARENTS[kind]})

@@ -30,6 +30,18 @@ def pixel_loss(pictures: Tensor, targets: Tensor, kind: PixelLoss) -> Tensor:
     raise ValueError(f"pixel_loss must be l1, l2 or l1+l2: {kind}\nhint: set pixel_loss=l2")
 
 
+def with_gradient(value: Tensor, pictures: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar that equals `value` and whose gradient with respect to the pictures is the one given.
+
+    For a loss that has been differentiated already: the way to the weights is then walked once for all losses.
+
+    Args:
+        value: scalar; its own graph is not followed.
+        pictures, gradient: (B, 3, H, W).
+    """
+    return value.detach() + (gradient * (pictures - pictures.detach())).sum()
+
+
 def ssim(pictures: Tensor, targets: Tensor, data_range: float) -> Tensor:
     """(B,) structural similarity of (B, 3, H, W) pictures, at most 1; the window shrinks to fit small pictures.
 

@@ -16,14 +16,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infra.errors import InputError
 from infra.storage import Store
 from workflows.artifacts import MANIFEST, FileEntry, file_entry
 from workflows.training import collectives
 from workflows.training.engine import Engine
 from workflows.training.loop import TrainState
+from workflows.training.stage import Companion
 
 log = logging.getLogger(__name__)
+
+_COMPANION = "companion.pt"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class StoreCheckpoints:
     request: str
     """What the training answers; checkpoints of another request are not gone on with."""
     keep: int
+    companion: Companion | None = None
+    """What the stage trains outside the engine; rank 0 writes it for all."""
 
     def restore(self, engine: Engine) -> TrainState:
         """The newest complete checkpoint of this request.
@@ -66,6 +73,9 @@ class StoreCheckpoints:
         names = {**found.ranks[0], **found.ranks[engine.rank]}
         with self._fetched(folder, list(names)) as local:
             engine.load(local)
+            if self.companion is not None:
+                state = torch.load(local / _COMPANION, map_location=engine.device, weights_only=True)
+                self.companion.load_state_dict(state)
         collectives.barrier()
         if engine.rank == 0:
             log.info("going on from %s", folder.url)
@@ -82,6 +92,8 @@ class StoreCheckpoints:
         local = Path(tempfile.mkdtemp(prefix="hvqd-checkpoint-"))
         try:
             engine.save(local)
+            if self.companion is not None and engine.rank == 0:
+                torch.save(self.companion.state_dict(), local / _COMPANION)
             entries: dict[str, FileEntry] = {}
             for file in sorted(path for path in local.rglob("*") if path.is_file() and path.suffix == ".pt"):
                 relative = file.relative_to(local).as_posix()

@@ -70,7 +70,9 @@ def train(engine: Engine, stage: Stage, checkpoints: Checkpoints, reporter: Repo
             note = f"loss {values['loss']:.4f}" if "loss" in values else note
             _record(state, reporter, engine, {"images": state.images_seen, **values})
         if done or _crossed(before, state.images_seen, settings.evaluate_every_images):
-            _record(state, reporter, engine, {"images": state.images_seen, **_evaluate(engine, stage)})
+            figures = _evaluate(engine, stage)
+            consequences = stage.after_evaluation(figures)
+            _record(state, reporter, engine, {"images": state.images_seen, **figures, **consequences})
         if engine.rank == 0:
             reporter.progress(min(state.images_seen, settings.images), settings.images, note)
         if done or _crossed(before, state.images_seen, settings.checkpoint_every_images):
@@ -110,7 +112,7 @@ def _step(engine: Engine, stage: Stage, images_seen: int, means: RunningMean) ->
         position = Position(images_seen, offset, settings.micro_batch, settings.global_batch)
         output = engine.forward(*place_on(engine.device, *stage.batch(position)))
         engine.backward(output.loss)
-        means.add({"loss": output.loss, **output.metrics})
+        means.add({"loss": output.loss, **output.metrics, **stage.after_micro_batch(output)})
         if merged:
             pairs = zip(merged, output.statistics, strict=True)
             merged = tuple(merge_statistics(one, other) for one, other in pairs)

@@ -49,6 +49,7 @@ class PriorStage:
     """Stage 2 as the loop sees it."""
 
     name = "prior"
+    companion = None
 
     def __init__(
         self,
@@ -85,6 +86,10 @@ class PriorStage:
         """Nothing happens outside the loss."""
         return {}
 
+    def after_micro_batch(self, output: ObjectiveOutput) -> dict[str, Tensor]:
+        """Nothing happens outside the loss."""
+        return {}
+
     def after_step(self, statistics: tuple[CodebookStatistics, ...], images_seen: int) -> dict[str, Tensor]:
         """Nothing happens outside the loss."""
         return {}
@@ -105,3 +110,7 @@ class PriorStage:
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / batches
         return {f"val_{name}": value for name, value in collectives.mean_metrics(sums).items()}
+
+    def after_evaluation(self, figures: dict[str, float]) -> dict[str, float]:
+        """Nothing follows from them."""
+        return {}

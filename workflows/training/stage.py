@@ -16,6 +16,18 @@ from workflows.training.engine import Engine
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What an adversary learns from one micro-batch, all detached."""
+
+    real: Tensor
+    """(B, 3, H, W) pictures."""
+    fake: Tensor
+    """(B, 3, H, W) their reconstructions."""
+    gradients: Tensor
+    """(2, n): of the reconstruction's loss and of the adversarial one, with respect to the decoder's last layer."""
+
+
+@dataclass(frozen=True)
 class ObjectiveOutput:
     """What an objective's `forward` returns for one micro-batch."""
 
@@ -24,6 +36,8 @@ class ObjectiveOutput:
     statistics: tuple[CodebookStatistics, ...] = ()
     vectors: tuple[Tensor, ...] = ()
     """(B N, D) of each level before quantization: what codebooks start from."""
+    evidence: Evidence | None = None
+    """None while no adversary is at work."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,16 @@ class Position:
 Progress = Callable[[int, int, str], None]
 
 
+class Companion(Protocol):
+    """What a stage trains outside the engine, equal on all ranks; it is kept in checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from them."""
+
+
 class Stage(Protocol):
     """One of the two trainings."""
 
@@ -55,6 +79,10 @@ class Stage(Protocol):
     @property
     def settings(self) -> TrainSettings:
         """The optimisation."""
+
+    @property
+    def companion(self) -> Companion | None:
+        """What is trained beside the objective, if anything."""
 
     @property
     def objective(self) -> nn.Module:
@@ -66,11 +94,17 @@ class Stage(Protocol):
     def before_step(self, engine: Engine, images_seen: int) -> dict[str, float]:
         """Called before every global batch on every rank; returns what is worth recording, usually nothing."""
 
+    def after_micro_batch(self, output: ObjectiveOutput) -> dict[str, Tensor]:
+        """Called after every micro-batch's backward; returns metrics."""
+
     def after_step(self, statistics: tuple[CodebookStatistics, ...], images_seen: int) -> dict[str, Tensor]:
         """Called after every applied step with the statistics of the global batch."""
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Figures on the validation split, equal on all ranks."""
+        """Figures on the validation split, equal on all ranks; changes nothing."""
+
+    def after_evaluation(self, figures: dict[str, float]) -> dict[str, float]:
+        """Called with what `evaluate` found, on every rank; returns what else is worth recording, usually nothing."""
 
 
 def learning_rate_at(images_seen: int, settings: TrainSettings) -> float:

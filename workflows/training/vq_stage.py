@@ -15,6 +15,7 @@ from workflows.config import VQTrainSettings
 from workflows.data.batches import ImageTable, batch_indices
 from workflows.training import collectives
 from workflows.training.engine import Engine
+from workflows.training.judges import Judges
 from workflows.training.precision import Precision
 from workflows.training.stage import ObjectiveOutput, Position, place_on
 
@@ -25,17 +26,24 @@ _POOL_VECTORS_PER_CODE = 8
 class VQObjective(nn.Module):
     """The tokenizer's loss; in evaluation, what each prefix of levels reconstructs."""
 
-    def __init__(self, model: HierarchicalVQ, precision: Precision) -> None:
+    def __init__(self, model: HierarchicalVQ, precision: Precision, judges: Judges) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
+        self.judges = judges
 
     def forward(self, images: Tensor, keys: Tensor) -> ObjectiveOutput:
         """The loss of (B, 3, H, W) pictures in [-1, 1]."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output = self.model(images, keys)
-            metrics = output.metrics if self.training else self._prefixes(images, output.codes)
-        return ObjectiveOutput(output.loss, metrics, output.statistics, output.vectors)
+            if not self.training:
+                metrics = self._prefixes(images, output.codes)
+                if self.judges.features is not None:
+                    metrics["perceptual"] = self.judges.distance(output.reconstruction, images)
+                return ObjectiveOutput(output.loss, metrics, output.statistics, output.vectors)
+            verdict = self.judges.judge(images, output, self.model.decoder.out.weight)
+        metrics = output.metrics | verdict.metrics
+        return ObjectiveOutput(verdict.loss, metrics, output.statistics, output.vectors, verdict.evidence)
 
     def _prefixes(self, images: Tensor, codes: tuple[Tensor, ...]) -> dict[str, Tensor]:
         levels = self.model.config.levels
@@ -62,8 +70,10 @@ class VQStage:
         precision: Precision,
         train: ImageTable,
         validation: ImageTable,
+        judges: Judges | None = None,
     ) -> None:
-        self.objective = VQObjective(model, precision)
+        self.objective = VQObjective(model, precision, judges or Judges())
+        self.companion = self.objective.judges.adversary
         self.settings, self.seed = settings, seed
         self.train, self.validation = train, validation
         self._key = derive_key(seed, self.name)
@@ -82,7 +92,11 @@ class VQStage:
         return self.train.batch(batch_indices(len(self.train), self._key, first, count)), keys
 
     def before_step(self, engine: Engine, images_seen: int) -> dict[str, float]:
-        """Start the codebooks when it is time."""
+        """Start the codebooks, and the adversary, when it is time."""
+        started = self._start_codebooks(engine, images_seen)
+        return started if self.companion is None else {**started, **self.companion.before_step(images_seen)}
+
+    def _start_codebooks(self, engine: Engine, images_seen: int) -> dict[str, float]:
         if images_seen < self.settings.codebook_start * self.settings.images:
             return {}
         waiting = [level for level in self.model.start_order if not self.model.started(level)]
@@ -112,9 +126,16 @@ class VQStage:
             collectives.broadcast_buffers([*quantizer.buffers(), *(p.data for p in quantizer.parameters())])
         engine.module.train()
 
+    def after_micro_batch(self, output: ObjectiveOutput) -> dict[str, Tensor]:
+        """The adversary learns from the reconstructions."""
+        if self.companion is None or output.evidence is None:
+            return {}
+        return self.companion.learn(output.evidence)
+
     def after_step(self, statistics: tuple[CodebookStatistics, ...], images_seen: int) -> dict[str, Tensor]:
-        """Move the codebooks."""
-        return self.model.update(statistics, derive_key(self._key, "update", images_seen))
+        """Move the codebooks, and the adversary."""
+        metrics = self.model.update(statistics, derive_key(self._key, "update", images_seen))
+        return metrics if self.companion is None else metrics | self.companion.step(images_seen)
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """PSNR of every prefix, and how much of each codebook the validation pictures use."""
@@ -137,3 +158,9 @@ class VQStage:
             share = share / share.sum().clamp_min(1)
             figures[f"val_perplexity_{level}"] = float(torch.exp(-torch.xlogy(share, share).sum()))
         return figures
+
+    def after_evaluation(self, figures: dict[str, float]) -> dict[str, float]:
+        """The adversary goes when the validation PSNR has fallen too far."""
+        if self.companion is None or "val_psnr" not in figures:
+            return {}
+        return self.companion.observe(figures["val_psnr"])

@@ -21,6 +21,7 @@ from workflows.artifacts import read_manifest
 from workflows.config import RunConfig, TrainSettings
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.training.checkpoint import StoreCheckpoints
+from workflows.training.judges import build_judges
 from workflows.training.loop import Record, train
 from workflows.training.precision import choose_precision
 from workflows.training.prior_stage import PriorStage
@@ -81,7 +82,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
     stage = build_stage(job, device)
     engine = ZeroEngine(stage.objective, job.settings, device)
-    checkpoints = StoreCheckpoints(job.folder.child("checkpoints"), job.request, job.settings.keep_checkpoints)
+    folder = job.folder.child("checkpoints")
+    checkpoints = StoreCheckpoints(folder, job.request, job.settings.keep_checkpoints, stage.companion)
     state = train(engine, stage, checkpoints, MailReporter(loop_config["mailbox"]))
     weights = engine.export()
     if engine.rank == 0:
@@ -89,7 +91,11 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
 
 def build_stage(job: TrainingJob, device: torch.device) -> VQStage | PriorStage:
-    """The job's stage with fresh weights, the same on every rank."""
+    """The job's stage with fresh weights, the same on every rank.
+
+    Raises:
+        InputError: a named file with weights of the feature network cannot be used.
+    """
     config = job.config
     precision, reason = choose_precision(job.settings.precision, device)
     print(f"{job.stage}: {precision}, {reason}; process {os.getpid()} on {device}")  # noqa: T201 - the worker's log
@@ -98,7 +104,8 @@ def build_stage(job: TrainingJob, device: torch.device) -> VQStage | PriorStage:
         manifest = read_manifest(job.root.child("dataset"), "hvqd data build")
         images = [ImageTable.open(job.root.child("dataset"), manifest, split) for split in ("train", "val")]
         model = HierarchicalVQ(config.vq_config)
-        return VQStage(model, config.vq.train, config.seed, precision, images[0], images[1])
+        judges = build_judges(config.vq.train, config.seed, precision, device)
+        return VQStage(model, config.vq.train, config.seed, precision, images[0], images[1], judges)
     manifest = read_manifest(job.root.child("codes"), "hvqd encode")
     codes = [CodeTable.open(job.root.child("codes"), manifest, split) for split in ("train", "val")]
     prior = build_prior(job.root, config)
