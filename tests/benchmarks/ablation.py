@@ -7,20 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from picture_sets import emoji
 from runner import Benchmark, Figures, main
 from torch import Tensor
-from trials import configured, encoded, mean_psnr, reconstructions, run, tokenizer_trial
+from trials import codebook_use, configured, mean_psnr, reconstructions, run, tokenizer_trial
 
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.codec.losses import ssim
+from hvqd_model.codec.perceptual import perceptual_distance
 from hvqd_model.codec.quantizer import EMAQuantizer
 from hvqd_model.config import VQConfig
 from hvqd_model.randomness import uniform
+from workflows.data.batches import ImageTable
+from workflows.feature_network import FeatureMaps
 
 IMAGES = {"quick": 640, "full": 24_000}
+WEIGHTS = (0.01, 0.05)
+"""Of the perceptual loss: beside a pixel loss of about .02 and distances of about 1."""
 
 
 class RandomStart(HierarchicalVQ):
@@ -58,11 +62,16 @@ def variants() -> dict[str, Variant]:
         f"with_{estimator.replace('-', '_')}": Variant((f"vq.model.estimator={estimator}",)),
         "without_kmeans": Variant(make=RandomStart),
         restarts[0]: Variant((f"vq.model.restart_threshold={restarts[1]}",)),
+        **(
+            {"without_perceptual": Variant(("vq.train.perceptual_weight=0",))}
+            if now.train.perceptual_weight
+            else {f"with_perceptual_{weight}": Variant((f"vq.train.perceptual_weight={weight}",)) for weight in WEIGHTS}
+        ),
     }
 
 
 def measure(name: str, variant: Variant, quick: bool, seed: int) -> Figures:
-    """PSNR of all levels and of the coarsest alone, SSIM, and the usage of the level that uses less."""
+    """PSNR of all levels and of the coarsest alone, SSIM, feature distance, usage of the level that uses less."""
     pictures = emoji(32)
     config = configured("tiny", variant.settings, seed)
     trial = tokenizer_trial(config, pictures.train, make=variant.make)
@@ -70,24 +79,33 @@ def measure(name: str, variant: Variant, quick: bool, seed: int) -> Figures:
     model, held_out = trial.model, pictures.held_out
     whole = reconstructions(model, held_out)
     similar = ssim(whole + 1, held_out.batch(slice(None)) + 1, data_range=2.0).mean()
-    used = [
-        len(np.unique(codes)) / size
-        for codes, size in zip(encoded(model, pictures.train).codes, model.config.codebook_sizes, strict=True)
-    ]
     return {
         f"psnr_{name}": mean_psnr(whole, held_out),
         f"psnr_coarsest_{name}": mean_psnr(reconstructions(model, held_out, 1), held_out),
         f"ssim_{name}": float(similar),
-        f"usage_{name}": min(used),
+        f"feature_distance_{name}": feature_distance(whole, held_out),
+        f"usage_{name}": min(codebook_use(model, pictures.train)),
     }
+
+
+def feature_distance(pictures: Tensor, table: ImageTable) -> float:
+    """The mean distance (0 to 4) of (N, 3, H, W) pictures in [-1, 1] in the maps that the perceptual loss looks at."""
+    maps = FeatureMaps(torch.device("cpu"))
+    found = []
+    with torch.no_grad():
+        for first in range(0, len(table), 100):
+            targets = table.batch(slice(first, first + 100))
+            found.append(perceptual_distance(maps(pictures[first : first + 100]), maps(targets)))
+    return float(torch.cat(found).mean())
 
 
 BENCHMARK = Benchmark(
     name="ablation",
     what=(
         "The `tiny` preset's tokenizer after 24,000 images, with each of its choices switched in turn: PSNR and SSIM "
-        "of held-out emoji, PSNR of the coarsest level alone, and the share of codes that occur in the training "
-        "pictures (the level that uses less)."
+        "of held-out emoji, their distance in the perceptual loss's feature maps (less is better), PSNR of the "
+        "coarsest level alone, and the share of codes that occur in 20 tokens a code of training pictures (of the "
+        "level that uses less)."
     ),
     parts={name: partial(measure, name, variant) for name, variant in variants().items()},
     targets=(),

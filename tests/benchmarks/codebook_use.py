@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import partial
 from typing import get_args
 
-import numpy as np
-from picture_sets import emoji, subset
+from picture_sets import emoji
 from runner import Benchmark, Figures, Target, main
-from trials import configured, encoded, mean_psnr, reconstructions, run, tokenizer_trial
+from trials import codebook_use, configured, mean_psnr, reconstructions, run, tokenizer_trial
 
 from hvqd_model.config import QuantizerKind
 
 KINDS: tuple[QuantizerKind, ...] = get_args(QuantizerKind)
 SIZES = (1_024, 4_096)
-TOKENS_A_CODE = 20
 QUICK_IMAGES = 640
 
 
 def measure(kind: QuantizerKind, size: int, quick: bool, seed: int) -> Figures:
-    """Usage of each level over at least TOKENS_A_CODE tokens a code of training pictures, and held-out PSNR.
+    """Usage of each level over at least 20 tokens a code of training pictures, and held-out PSNR.
 
     The quick form knows nothing of the larger codebooks: their k-means alone takes a minute.
     """
@@ -31,12 +28,11 @@ def measure(kind: QuantizerKind, size: int, quick: bool, seed: int) -> Figures:
     config = configured("tiny", [f"vq.model.quantizer={kind}", f"vq.model.codebook_sizes=[{size},{size}]"], seed)
     trial = tokenizer_trial(config, pictures.train)
     run(trial, QUICK_IMAGES if quick else config.vq.train.images)
-    fewest = min(rows * columns for rows, columns in trial.model.config.grids)
-    codes = encoded(trial.model, subset(pictures.train, np.arange(math.ceil(TOKENS_A_CODE * size / fewest))))
     name = f"{size}_{kind}"
-    figures = {f"usage_{name}_level_{level}": len(np.unique(found)) / size for level, found in enumerate(codes.codes)}
+    used = codebook_use(trial.model, pictures.train)
+    figures = {f"usage_{name}_level_{level}": share for level, share in enumerate(used)}
     decibels = mean_psnr(reconstructions(trial.model, pictures.held_out), pictures.held_out)
-    return {f"usage_{name}": min(figures.values()), **figures, f"psnr_{name}": decibels}
+    return {f"usage_{name}": min(used), **figures, f"psnr_{name}": decibels}
 
 
 BENCHMARK = Benchmark(

@@ -7,6 +7,7 @@ on in that time. So a busy machine changes no result, and a schedule knows its e
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,12 +27,14 @@ from workflows.data.batches import CodeTable, ImageTable
 from workflows.encode import encode_batches
 from workflows.loading import load_config
 from workflows.training.engine import Engine
+from workflows.training.judges import build_judges
 from workflows.training.loop import Record, TrainState, train
 from workflows.training.plain import PlainEngine
 from workflows.training.prior_stage import PriorStage
 from workflows.training.vq_stage import VQStage
 
 NEVER = 1 << 60
+TOKENS_A_CODE = 20
 TURN_STEPS = 3
 """Timed steps of a turn; one more before them warms the caches."""
 TURNS = 3
@@ -115,7 +118,8 @@ def tokenizer_trial(
     """
     torch.manual_seed(derive_key(config.seed, "vq", "weights"))
     model = make(architecture or config.vq_config)
-    return VQTrial(model, config.vq.train, config.seed, "fp32", pictures, pictures)
+    judges = build_judges(config.vq.train, config.seed, "fp32", CPU)
+    return VQTrial(model, config.vq.train, config.seed, "fp32", pictures, pictures, judges)
 
 
 def prior_trial(config: RunConfig, tokenizer: HierarchicalVQ, codes: CodeTable, held_out: CodeTable) -> PriorTrial:
@@ -231,6 +235,22 @@ def encoded(model: HierarchicalVQ, table: ImageTable) -> CodeTable:
     """The table's codes, without classes."""
     codes = encode_batches(model, table.images)
     return CodeTable(table.ids, np.full(len(table), -1), table.styles, table.groups, tuple(codes))
+
+
+def codebook_use(model: HierarchicalVQ, table: ImageTable) -> list[float]:
+    """The share of each level's codes that occur at least once in the table's first TOKENS_A_CODE tokens a code.
+
+    Raises:
+        ValueError: the table has fewer.
+    """
+    sizes, grids = model.config.codebook_sizes, model.config.grids
+    wanted = max(
+        math.ceil(TOKENS_A_CODE * size / (rows * columns)) for size, (rows, columns) in zip(sizes, grids, strict=True)
+    )
+    if wanted > len(table):
+        raise ValueError(f"usage needs {wanted} pictures: {len(table)}\nhint: smaller codebooks, or more pictures")
+    codes = encode_batches(model, table.images[:wanted])
+    return [len(np.unique(found)) / size for found, size in zip(codes, sizes, strict=True)]
 
 
 def bits_an_image(trial: PriorTrial) -> float:

@@ -26,6 +26,7 @@ from tests.benchmarks.trials import (
     affordable,
     bits_an_image,
     closest_below,
+    codebook_use,
     configured,
     encoded,
     images_per_second,
@@ -204,6 +205,16 @@ def test_reconstructions_and_codes_are_those_of_the_trained_tokenizer() -> None:
     assert torch.equal(reconstructions(trial.model, table, 1), trial.model.decode(codes[:1]))
     for found, expected in zip(encoded(trial.model, table).codes, codes, strict=True):
         assert np.array_equal(found, expected.numpy())
+
+
+def test_usage_is_of_at_least_twenty_tokens_a_code() -> None:
+    model = tiny_trial().model.eval()
+    start_somewhere(model)
+    table = image_table(90)
+    codes = model.encode(table.batch(slice(0, 40)))  # 8 codes at 4 tokens a picture need 40 pictures
+    assert codebook_use(model, table) == [len(codes[0].unique()) / 8, len(codes[1].unique()) / 16]
+    with pytest.raises(ValueError, match=r"usage needs 40 pictures: 39\nhint: smaller codebooks"):
+        codebook_use(model, image_table(39))
 
 
 def test_a_prior_that_has_learned_nothing_costs_the_logarithm_of_the_codebooks() -> None:
