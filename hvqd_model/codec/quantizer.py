@@ -97,7 +97,7 @@ def _lowest(distances: Tensor) -> Tensor:
     """
     if distances.shape[1] % _BLOCK:
         return torch.argmin(distances, dim=1)
-    blocks = distances.unflatten(1, (-1, _BLOCK))
+    blocks = distances.view(len(distances), distances.shape[1] // _BLOCK, _BLOCK)
     block = torch.argmin(blocks.amin(2), dim=1)
     inside = blocks[torch.arange(len(block), device=block.device), block]
     return block * _BLOCK + torch.argmin(inside, dim=1)

@@ -125,8 +125,9 @@ def test_a_codebook_larger_than_a_chunk_is_searched_row_by_row() -> None:
     assert nearest_codes(vectors, codebook).tolist() == [3, 77 * side + 1, side * side - 1, 5, 512 * side]
 
 
-def test_no_vectors_have_no_codes() -> None:
-    found = nearest_codes(torch.zeros(0, 3), whole(4, 3))
+@pytest.mark.parametrize("codes", [4, 128])
+def test_no_vectors_have_no_codes(codes: int) -> None:
+    found = nearest_codes(torch.zeros(0, 3), whole(codes, 3))
     assert found.shape == (0,) and found.dtype == torch.int64
 
 
