@@ -158,7 +158,7 @@ class Adversary:
         """Go on from what `state_dict` told."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.factor = state["factor"]
+        self.factor = state["factor"].to(self.device)
         self.started, self.switched_off = state["started"], state["switched_off"]
         self.best_psnr, self.left_out = state["best_psnr"], state["left_out"]
 

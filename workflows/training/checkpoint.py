@@ -74,7 +74,7 @@ class StoreCheckpoints:
         with self._fetched(folder, list(names)) as local:
             engine.load(local)
             if self.companion is not None:
-                state = torch.load(local / _COMPANION, map_location=engine.device, weights_only=True)
+                state = torch.load(local / _COMPANION, map_location="cpu", weights_only=True)
                 self.companion.load_state_dict(state)
         collectives.barrier()
         if engine.rank == 0:
