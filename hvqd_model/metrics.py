@@ -15,6 +15,7 @@ Axes: N real pictures, M other pictures, D features, G groups, R resamples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,12 +27,15 @@ from torch import Tensor
 from hvqd_model.codec.losses import ssim
 
 __all__ = [
+    "KidParts",
     "Neighbourhood",
     "fid",
     "group_weights",
     "interval",
     "kid",
+    "kid_difference",
     "kid_interval",
+    "kid_parts",
     "nearest",
     "neighbourhood",
     "perplexity",
@@ -229,6 +233,74 @@ def kid_interval(
     draws = mean(x, x, rows, rows, "xx") + mean(y, y, columns, columns, "yy") - 2 * mean(x, y, rows, columns, "xy")
     draws = draws[draws.isfinite()]
     return _percentiles(draws) if len(draws) else None
+
+
+@dataclass(frozen=True)
+class KidParts:
+    """What is needed of a set's KID to compare it later with another set's, against the same reference pictures.
+
+    The kernel among the reference pictures is the same for both and cancels.
+    """
+
+    within: float
+    """Mean kernel of two pictures of the set."""
+    across: tuple[float, ...]
+    """(G,) sum, over the reference pictures of a block, of the mean kernel with the set."""
+    counts: tuple[int, ...]
+    """(G,) reference pictures of each block."""
+    set_error: float
+    """Standard error of the KID that comes from the set having so many pictures and no more."""
+
+
+def kid_parts(reference: Tensor, other: Tensor, groups: ArrayLike, most_blocks: int = 128) -> KidParts:
+    """The parts of a set's KID.
+
+    Args:
+        reference: (N, D) features.
+        other: (M, D) features of the set; its pictures are independent of each other.
+        groups: (N,) reference pictures of one group are drawn together.
+        most_blocks: larger numbers of groups are put together at random, which leaves resampling valid.
+
+    Raises:
+        ValueError: fewer than two pictures, or different features.
+    """
+    x, y = _checked(reference, other)
+    indices, count = _group_indices(groups)
+    if count > most_blocks:
+        order = torch.from_numpy(np.random.Generator(np.random.PCG64(count)).permutation(count))
+        indices, count = order[indices] * most_blocks // count, most_blocks
+    across, among = _kernel(x, y), _kernel(y, y)
+    row = among.sum(1) - among.diagonal()
+    influence = 2 * (row / (len(y) - 1) - across.mean(0))
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, indices, across.mean(1))
+    return KidParts(
+        within=float(row.sum() / (len(y) * (len(y) - 1))),
+        across=tuple(sums.tolist()),
+        counts=tuple(torch.bincount(indices, minlength=count).tolist()),
+        set_error=float(influence.std() / len(y) ** 0.5),
+    )
+
+
+def kid_difference(new: KidParts, old: KidParts, resamples: int, seed: int) -> tuple[float, float]:
+    """How much larger the KID of a set is than another's, and the standard error of that.
+
+    Paired over the reference pictures, whose choice moves both alike; both sets are taken as drawn independently.
+
+    Raises:
+        ValueError: the two were not judged against the same reference pictures.
+    """
+    if new.counts != old.counts:
+        raise ValueError(
+            f"the two sets were compared with other pictures: {sum(new.counts)} and {sum(old.counts)}\n"
+            "hint: judge both by one protocol"
+        )
+    moved = torch.tensor(new.across, dtype=torch.float64) - torch.tensor(old.across, dtype=torch.float64)
+    counts = torch.tensor(new.counts, dtype=torch.float64)
+    difference = new.within - old.within - 2 * float(moved.sum() / counts.sum())
+    weights = group_weights(len(counts), resamples, seed)
+    drawn = 2 * (weights @ moved) / (weights @ counts)
+    error = float(drawn.std()) if len(counts) > 1 else math.nan
+    return difference, math.sqrt(error**2 + new.set_error**2 + old.set_error**2)
 
 
 # ---- FID ----

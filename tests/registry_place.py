@@ -18,6 +18,7 @@ from workflows.config import RunConfig
 from workflows.context import Context, Silent
 from workflows.pipeline import tracker_for
 from workflows.promotion import champions, promote, promoter_for, rollback
+from workflows.registry import parts_tag
 from workflows.versions import history
 
 GOOD = {
@@ -42,7 +43,12 @@ class Place:
         folder.mkdir(parents=True)
         (folder / "MLmodel").write_text("flavors: {}\n")
         source = run.log_folder(folder, "model")
-        tags = {"hvqd.figures": json.dumps(GOOD | figures), "hvqd.protocol": "p", "hvqd.conditional": "true"}
+        tags = {
+            "hvqd.figures": json.dumps(GOOD | figures),
+            "hvqd.protocol": "p",
+            "hvqd.conditional": "true",
+            parts_tag("p"): json.dumps({"within": 1.0, "across": [3.0, 5.0], "counts": [3, 4], "set_error": 0.001}),
+        }
         return self.registry.create("hvqd", source, run.run_id, tags, "a card")
 
     @property

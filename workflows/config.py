@@ -238,6 +238,9 @@ class GateSettings(Settings):
     """Accuracy of the asked class over chance; not judged for an unconditional model."""
     max_kid_regression: float | None = 0.1
     """How much larger, relatively, the KID may be than the champion's."""
+    max_kid_regression_error: float | None = 0.06
+    """Standard error of that growth, over concepts and samples: with .06 a version as good as the champion is refused
+    once in twenty times, and one that is 20 % worse gets through as seldom. More evaluation.samples lower it."""
 
 
 class TrackingSettings(Settings):

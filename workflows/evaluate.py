@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hvqd_model import metrics
 from hvqd_model.randomness import derive_key
 from infra.models import Registry
 from infra.tracking import Tracker
@@ -33,6 +34,7 @@ from workflows.evaluation_figures import (
     code_figures,
     nearest_figures,
     reconstruction_figures,
+    rounded,
     set_figures,
 )
 from workflows.evaluation_grids import Grid, draw_grids
@@ -50,7 +52,7 @@ from workflows.evaluation_sets import (
 )
 from workflows.generate import decode_codes, padded
 from workflows.judge import ClassJudge
-from workflows.registry import find_version, judged_tag, load_version
+from workflows.registry import find_version, judged_tag, load_version, parts_tag
 from workflows.requests import PARENTS, request_of
 
 COMMANDS = {
@@ -80,7 +82,7 @@ def evaluate(context: Context) -> Manifest:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hvqd-evaluation-") as folder:
         subject = gather(context, parents, Parts(store, request), Path(folder))
-        figures, pictures = _judge(subject)
+        figures, pictures, parts = _judge(subject)
         protocol = _protocol(subject, parents["dataset"].digest)
         store.write_json("metrics.json", _content(figures, pictures, protocol))
         store.write_json("code_counts.json", [count.tolist() for count in subject.counts])
@@ -97,7 +99,7 @@ def evaluate(context: Context) -> Manifest:
         "evaluation",
         request,
         {kind: parent.digest for kind, parent in parents.items()},
-        facts={"figures": values, "protocol_digest": digest_of(protocol)},
+        facts={"figures": values, "protocol_digest": digest_of(protocol), "kid_parts": parts},
         provenance={
             "seconds": round(time.monotonic() - started, 1),
             "workers": 1,
@@ -140,7 +142,7 @@ def evaluate_version(context: Context, tracker: Tracker, name: str) -> VersionFi
     store = context.root.child("evaluations", f"{model}-version-{number}-{key[:12]}")
     subject = gather_version(context, dataset, bundle, Parts(store, key))
     protocol = _protocol(subject, dataset.digest)
-    figures, pictures = _judge(subject)
+    figures, pictures, parts = _judge(subject)
     for picture, grid in pictures.items():
         store.write_bytes(picture, grid.png)
     store.write_json("metrics.json", _content(figures, pictures, protocol))
@@ -148,6 +150,7 @@ def evaluate_version(context: Context, tracker: Tracker, name: str) -> VersionFi
     values = {name: figure.json["value"] for name, figure in sorted(figures.items())}
     digest = digest_of(protocol)
     registry.set_tag(model, number, judged_tag(digest), json.dumps(values, sort_keys=True))
+    registry.set_tag(model, number, parts_tag(digest), json.dumps(parts))
     return VersionFigures(number, digest, values, store.url)
 
 
@@ -167,7 +170,8 @@ def _content(
     }
 
 
-def _judge(subject: Subject) -> tuple[dict[str, Figure], Mapping[str, Grid]]:
+def _judge(subject: Subject) -> tuple[dict[str, Figure], Mapping[str, Grid], dict[str, Any]]:
+    """Figures, pictures, and the parts of the samples' KID, by which another version's can be compared with it."""
     settings, train, test = subject.context.config.evaluation, subject.train, subject.test
     resampling = Resampling(settings.resamples, settings.seed)
     sampling = subject.context.config.sampling
@@ -202,7 +206,19 @@ def _judge(subject: Subject) -> tuple[dict[str, Figure], Mapping[str, Grid]]:
     compared = {"samples": sets["samples"], "heldout": real, "reconstructions": sets["reconstructions"]}
     distances, neighbours = nearest_figures(train_features, compared, resampling)
     grids_drawn = draw_grids(test.pictures, prefixes, sets, classes, train.pictures, rows, neighbours["samples"])
-    return figures | distances, grids_drawn
+    parts = metrics.kid_parts(torch.from_numpy(real.features), torch.from_numpy(sets["samples"].features), real.groups)
+    return figures | distances, grids_drawn, _rounded(asdict(parts))
+
+
+def _rounded(parts: dict[str, Any]) -> dict[str, Any]:
+    """Six significant digits, as all figures have."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [short(item) for item in value]
+        return rounded(value) if isinstance(value, float) else value
+
+    return {name: short(value) for name, value in parts.items()}
 
 
 def _bits(subject: Subject) -> list[NDArray[np.float64]]:

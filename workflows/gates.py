@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hvqd_model.metrics import KidParts, kid_difference
 from workflows.config import GateSettings
 
 Figures = Mapping[str, float]
+_RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,31 @@ class GateResult:
         }
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How the KID of a version differs from the champion's, judged by the same protocol."""
+
+    value: float
+    """Relative to the champion's KID; above 0 is worse."""
+    error: float | None
+    """Standard error; None where a version keeps too little to tell."""
+
+
 def judge(
-    figures: Figures, champion: Figures | None, gates: GateSettings, *, conditional: bool, comparable: bool = True
+    figures: Figures,
+    gates: GateSettings,
+    *,
+    conditional: bool,
+    against_champion: bool = False,
+    growth: Growth | None = None,
 ) -> list[GateResult]:
     """Every gate's answer, in the order of the settings; gates that are null are left out.
 
     Args:
         figures: the version's.
-        champion: the champion's; None when there is no champion to compare with.
         conditional: whether the model was trained with classes.
-        comparable: whether both were evaluated by the same protocol on the same pictures.
+        against_champion: whether there is a champion to compare with.
+        growth: how the KID compares; None when the two were not judged by one protocol.
     """
     levels = [value for name, value in figures.items() if name.startswith("usage_")]
     usage = min(levels) if levels and all(map(math.isfinite, levels)) else None
@@ -85,14 +102,13 @@ def judge(
                 gates.min_class_accuracy_to_chance,
             )
         )
-    if champion is not None:
-        regression = _regression(figures, champion) if comparable else None
-        what = "growth of KID over the champion's" + (
-            ""
-            if comparable
-            else " (judged by another protocol: `hvqd evaluate --model champion` judges it by this one)"
-        )
-        asked.append(("max_kid_regression", what, regression, gates.max_kid_regression))
+    if against_champion:
+        what = "growth of KID over the champion's"
+        how = "" if growth else " (judged by another protocol: `hvqd evaluate --model champion` judges it by this one)"
+        asked.append(("max_kid_regression", what + how, growth and growth.value, gates.max_kid_regression))
+        # Where nothing is compared, how sure the comparison would be is no question.
+        error = gates.max_kid_regression_error if gates.max_kid_regression is not None else None
+        asked.append(("max_kid_regression_error", f"standard error of the {what}", growth and growth.error, error))
     return [
         _result(name, figure, value, threshold) for name, figure, value, threshold in asked if threshold is not None
     ]
@@ -104,10 +120,21 @@ def _ratio(figures: Figures, above: str, below: str) -> float | None:
     return figures[above] / figures[below]
 
 
-def _regression(figures: Figures, champion: Figures) -> float | None:
+def growth_of(figures: Figures, champion: Figures, parts: KidParts | None, before: KidParts | None) -> Growth | None:
+    """How the KID of the samples grew; None when one of the two shows none.
+
+    Args:
+        parts, before: of the version's and the champion's KID, where they are kept.
+    """
     new, old = figures.get("kid_samples"), champion.get("kid_samples")
+    if new is None or not old:
+        return None
     # An unbiased estimate of KID may fall below zero, where a ratio would call the worse one better.
-    return None if new is None or not old else (new - old) / abs(old)
+    value = (new - old) / abs(old)
+    if parts is None or before is None:
+        return Growth(value, None)
+    _, error = kid_difference(parts, before, _RESAMPLES, seed=0)
+    return Growth(value, error / abs(old))
 
 
 def _result(name: str, figure: str, value: float | None, threshold: float) -> GateResult:

@@ -21,9 +21,9 @@ from infra.models import Registry
 from infra.storage import Store, open_store
 from infra.tracking import Tracker
 from workflows.context import Context
-from workflows.gates import GateResult, judge
+from workflows.gates import GateResult, Growth, growth_of, judge
 from workflows.journal import MOVES, Action, Entry, Journal
-from workflows.registry import figures_under
+from workflows.registry import figures_under, kid_parts_under
 
 ENTRY_TAG = "hvqd.audit"
 """On a version: the digest of the journal's last entry about it that has been applied."""
@@ -261,17 +261,20 @@ def _refuse_if_any_failed(model: str, version: str, results: list[GateResult], o
 
 def _judge(context: Context, registry: Registry, model: str, wanted: str, champion: str | None) -> list[GateResult]:
     tags = registry.tags(model, wanted)
-    against: dict[str, float] | None = None
-    comparable = True
-    if champion is not None and champion != wanted:
-        found = figures_under(registry.tags(model, champion), tags.get("hvqd.protocol"))
-        against, comparable = found or {}, found is not None
+    figures, protocol = json.loads(tags.get("hvqd.figures", "{}")), tags.get("hvqd.protocol")
+    growth: Growth | None = None
+    against = champion is not None and champion != wanted
+    if champion is not None and against and protocol is not None:
+        other = registry.tags(model, champion)
+        shown = figures_under(other, protocol)
+        if shown is not None:
+            growth = growth_of(figures, shown, kid_parts_under(tags, protocol), kid_parts_under(other, protocol))
     return judge(
-        json.loads(tags.get("hvqd.figures", "{}")),
-        against,
+        figures,
         context.config.gates,
         conditional=tags.get("hvqd.conditional") == "true",
-        comparable=comparable,
+        against_champion=against,
+        growth=growth,
     )
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from hvqd_model.metrics import KidParts
 from infra.errors import InputError
 from infra.models import Registry, write_pyfunc
 from infra.secrets import mask
@@ -76,6 +77,7 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
     config, root = context.config, context.root
     lineage = {kind: manifest.digest for kind, manifest in parents.items()}
     figures = dict(parents["evaluation"].facts["figures"])
+    protocol = str(parents["evaluation"].facts["protocol_digest"])
     run = context.run or tracker.run(f"register-{request}", "register", tags={"hvqd.step": "register"})
     card = model_card(config, parents)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
@@ -102,7 +104,8 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
         BUNDLE_TAG: digest,
         **{f"hvqd.digest.{kind}": digest for kind, digest in lineage.items()},
         "hvqd.figures": json.dumps(figures, sort_keys=True),
-        "hvqd.protocol": str(parents["evaluation"].facts["protocol_digest"]),
+        "hvqd.protocol": protocol,
+        parts_tag(protocol): json.dumps(parents["evaluation"].facts["kid_parts"]),
         "hvqd.conditional": str(bool(facts["classes"])).lower(),
         "hvqd.root": root.url,
         "hvqd.commit": _commit(),
@@ -139,6 +142,11 @@ def judged_tag(protocol: str) -> str:
     return f"hvqd.judged.{protocol[:16]}"
 
 
+def parts_tag(protocol: str) -> str:
+    """The tag that holds the parts of a version's KID under a protocol (hvqd_model.metrics.KidParts)."""
+    return f"hvqd.kid.{protocol[:16]}"
+
+
 def figures_under(tags: Mapping[str, str], protocol: str | None) -> dict[str, float] | None:
     """A version's figures under a protocol; None when it was never judged by that."""
     if protocol is None:
@@ -146,6 +154,15 @@ def figures_under(tags: Mapping[str, str], protocol: str | None) -> dict[str, fl
     text = tags.get("hvqd.figures") if tags.get("hvqd.protocol") == protocol else tags.get(judged_tag(protocol))
     figures: dict[str, float] | None = None if text is None else json.loads(text)
     return figures
+
+
+def kid_parts_under(tags: Mapping[str, str], protocol: str) -> KidParts | None:
+    """The parts of a version's KID under a protocol; None when they were not kept."""
+    text = tags.get(parts_tag(protocol))
+    if text is None:
+        return None
+    value = json.loads(text)
+    return KidParts(value["within"], tuple(value["across"]), tuple(value["counts"]), value["set_error"])
 
 
 def find_version(tracker: Tracker, model: str, name: str) -> str:

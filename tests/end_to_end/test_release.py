@@ -28,7 +28,8 @@ def test_a_release_owner_judges_anew_promotes_and_takes_back(finished_run: Finis
     assert anew["version"] == "1"
     assert anew["figures"] == {name: figure["value"] for name, figure in before.items()}, "the same protocol"
 
-    refused = ask("run", "--set", "sampling.steps=3", "--set", "gates.max_kid_regression=1e9")
+    gates = ("--set", "gates.max_kid_regression=1e9", "--set", "gates.max_kid_regression_error=1e9")
+    refused = ask("run", "--set", "sampling.steps=3", *gates)
     assert refused.status == 3
     assert "judged by another protocol: `hvqd evaluate --model champion`" in refused.err
     ask("evaluate", "--model", "champion").succeeded()

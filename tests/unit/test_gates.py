@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
+from hvqd_model.metrics import KidParts
 from workflows.config import GateSettings
-from workflows.gates import GateResult, judge
+from workflows.gates import GateResult, Growth, growth_of, judge
 
 GOOD = {
     "psnr": 24.0,
@@ -30,13 +32,18 @@ GATES = GateSettings(
 )
 
 
+PARTS = KidParts(within=1.0, across=(3.0, 5.0, 4.0), counts=(3, 4, 4), set_error=0.001)
+SAME = Growth(0.0, 0.02)
+REGRESSION = ("max_kid_regression", "max_kid_regression_error")
+
+
 def failed(results: list[GateResult]) -> list[str]:
     return [result.name for result in results if not result.passed]
 
 
 def test_every_setting_is_a_gate_in_its_order() -> None:
-    results = judge(GOOD, GOOD, GATES, conditional=True)
-    assert [result.name for result in results] == list(GateSettings.model_fields) and len(results) == 6
+    results = judge(GOOD, GATES, conditional=True, against_champion=True, growth=SAME)
+    assert [result.name for result in results] == list(GateSettings.model_fields) and len(results) == 7
     assert failed(results) == []
 
 
@@ -52,12 +59,12 @@ def test_every_setting_is_a_gate_in_its_order() -> None:
     ],
 )
 def test_a_figure_below_what_is_asked_fails_its_gate_alone(gate: str, figures: dict[str, float]) -> None:
-    assert failed(judge({**GOOD, **figures}, GOOD, GATES, conditional=True)) == [gate]
+    assert failed(judge({**GOOD, **figures}, GATES, conditional=True, against_champion=True, growth=SAME)) == [gate]
 
 
 def test_exactly_what_is_asked_holds() -> None:
     gates = GateSettings(min_psnr=24.0, min_codebook_usage=0.9, max_kid_to_untrained=0.2)
-    results = judge({**GOOD, "kid_untrained": 0.5}, None, gates, conditional=False)
+    results = judge({**GOOD, "kid_untrained": 0.5}, gates, conditional=False)
     assert {result.name: result.passed for result in results if result.name in ("min_psnr", "min_codebook_usage")} == {
         "min_psnr": True,
         "min_codebook_usage": True,
@@ -76,20 +83,21 @@ def test_a_figure_that_is_missing_or_no_number_fails_every_gate_it_enters(name: 
         "psnr": {"min_psnr"},
         "usage_0": {"min_codebook_usage"},
         "usage_1": {"min_codebook_usage"},
-        "kid_samples": {"max_kid_to_untrained", "max_kid_to_marginals", "max_kid_regression"},
+        "kid_samples": {"max_kid_to_untrained", "max_kid_to_marginals", *REGRESSION},
         "kid_untrained": {"max_kid_to_untrained"},
         "kid_marginals": {"max_kid_to_marginals"},
         "class_accuracy_samples": {"min_class_accuracy_to_chance"},
         "class_shuffled_samples": {"min_class_accuracy_to_chance"},
     }
-    results = judge(figures, GOOD, GATES, conditional=True)
-    assert set(failed(results)) == enters[name]
+    growth = growth_of(figures, GOOD, PARTS, PARTS)
+    results = judge(figures, GATES, conditional=True, against_champion=True, growth=growth)
+    assert set(failed(results)) - {"max_kid_regression_error"} == enters[name] - {"max_kid_regression_error"}
 
 
 def test_gates_that_are_null_and_gates_that_do_not_apply_are_left_out() -> None:
     nothing = GateSettings.model_validate(dict.fromkeys(GateSettings.model_fields))
-    assert judge({}, {}, nothing, conditional=True) == []
-    names = [result.name for result in judge(GOOD, None, GATES, conditional=False)]
+    assert judge({}, nothing, conditional=True, against_champion=True) == []
+    names = [result.name for result in judge(GOOD, GATES, conditional=False)]
     assert "min_class_accuracy_to_chance" not in names and "max_kid_regression" not in names and len(names) == 4
 
 
@@ -105,7 +113,8 @@ def test_gates_that_are_null_and_gates_that_do_not_apply_are_left_out() -> None:
     ],
 )
 def test_a_larger_kid_than_the_champions_is_growth_whatever_the_signs(new: float, old: float, growth: float) -> None:
-    result = judge({**GOOD, "kid_samples": new}, {"kid_samples": old}, GATES, conditional=True)[-1]
+    found = growth_of({"kid_samples": new}, {"kid_samples": old}, PARTS, PARTS)
+    result = judge(GOOD, GATES, conditional=True, against_champion=True, growth=found)[-2]
     assert result.name == "max_kid_regression" and result.value == pytest.approx(growth)
     assert result.passed == (result.value <= 0.1)
 
@@ -114,20 +123,36 @@ def test_a_baseline_without_distance_shows_nothing() -> None:
     for name in ("kid_untrained", "kid_marginals"):
         for value in (0.0, -0.1):
             gate = name.replace("kid_", "max_kid_to_")
-            assert failed(judge({**GOOD, name: value}, None, GATES, conditional=True)) == [gate]
+            assert failed(judge({**GOOD, name: value}, GATES, conditional=True)) == [gate]
 
 
 def test_a_champion_judged_by_another_protocol_is_not_compared() -> None:
-    result = judge(GOOD, GOOD, GATES, conditional=True, comparable=False)[-1]
+    result, error = judge(GOOD, GATES, conditional=True, against_champion=True)[-2:]
     assert (result.name, result.value, result.passed) == ("max_kid_regression", None, False)
+    assert (error.name, error.value, error.passed) == ("max_kid_regression_error", None, False)
     assert "judged by another protocol: `hvqd evaluate --model champion`" in result.as_text()
 
 
+def test_a_comparison_that_is_not_sure_enough_is_refused() -> None:
+    """The error is that of the samples' number and of the test concepts, relative to the champion's KID."""
+    noisy = replace(PARTS, set_error=0.009)
+    for parts, sure in ((PARTS, True), (noisy, False)):
+        found = growth_of(GOOD, GOOD, parts, parts)
+        assert found is not None and found.error == pytest.approx(parts.set_error * 2**0.5 / 0.1)
+        refused = failed(judge(GOOD, GATES, conditional=True, against_champion=True, growth=found))
+        assert refused == ([] if sure else ["max_kid_regression_error"])
+    unknown = growth_of(GOOD, GOOD, PARTS, None)
+    assert unknown == Growth(0.0, None)
+    assert failed(judge(GOOD, GATES, conditional=True, against_champion=True, growth=unknown)) == [REGRESSION[1]]
+    indifferent = GATES.model_copy(update={"max_kid_regression": None})
+    assert failed(judge(GOOD, indifferent, conditional=True, against_champion=True)) == []
+
+
 def test_an_answer_is_one_line_for_people_and_json_for_records() -> None:
-    low, missing = judge({"psnr": 22.94321}, None, GATES, conditional=False)[:2]
+    low, missing = judge({"psnr": 22.94321}, GATES, conditional=False)[:2]
     assert low.as_text() == "min_psnr fails: PSNR on test pictures, dB is 22.94, at least 23 is asked"
     assert missing.as_text() == "min_codebook_usage fails: smallest codebook usage is not shown, at least 0.8 is asked"
-    held = judge(GOOD, None, GATES, conditional=True)[2]
+    held = judge(GOOD, GATES, conditional=True)[2]
     assert held.as_text().startswith("max_kid_to_untrained holds: ") and held.as_text().endswith("at most 0.4 is asked")
     record = json.loads(json.dumps([low.as_json(), missing.as_json()], allow_nan=False))
     assert record[0] == {

@@ -226,6 +226,38 @@ def test_kid_intervals_cover_the_truth() -> None:
     assert covered >= 85
 
 
+@pytest.mark.parametrize("most_blocks", [4, 128])
+def test_the_parts_of_two_kids_give_their_difference(most_blocks: int) -> None:
+    x, one, other = features(60), features(50, seed=1, shift=0.4), features(40, seed=2, shift=0.2)
+    groups = np.arange(60) // 3
+    parts = [metrics.kid_parts(x, y, groups, most_blocks) for y in (one, other)]
+    assert len(parts[0].counts) == min(most_blocks, 20) and sum(parts[0].counts) == 60
+    found, error = metrics.kid_difference(*parts, 100, 0)
+    assert found == pytest.approx(metrics.kid(x, one) - metrics.kid(x, other), rel=1e-9)
+    assert error > 0
+
+
+def test_the_standard_error_of_a_difference_is_its_spread_over_new_pictures() -> None:
+    """Pictures come in groups of three that resemble each other; both sets see the same reference."""
+    found, errors = [], []
+    for trial in range(150):
+        concepts = features(40, 6, seed=4 * trial).repeat_interleave(3, 0)
+        x = concepts + 0.3 * features(120, 6, seed=4 * trial + 1)
+        sets = [features(150, 6, seed=4 * trial + 2, shift=0.5), features(150, 6, seed=4 * trial + 3, shift=0.4)]
+        difference, error = metrics.kid_difference(
+            *(metrics.kid_parts(x, y, np.arange(120) // 3) for y in sets), 200, trial
+        )
+        found.append(difference)
+        errors.append(error)
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.2)
+
+
+def test_sets_that_were_compared_with_other_pictures_have_no_difference() -> None:
+    parts = [metrics.kid_parts(features(count), features(9, seed=1), np.arange(count)) for count in (10, 12)]
+    with pytest.raises(ValueError, match=r"compared with other pictures: 10 and 12\nhint: judge both by one protocol"):
+        metrics.kid_difference(*parts, 10, 0)
+
+
 def test_paired_sets_need_the_same_groups() -> None:
     with pytest.raises(ValueError, match="same groups\nhint: "):
         metrics.kid_interval(features(4), features(4), range(4), range(1, 5), 10, 0, paired=True)
