@@ -142,11 +142,12 @@ class HierarchicalVQ(nn.Module):
         return torch.where(draws[:, 0] < dropout, prefix, levels)
 
     def _walk(
-        self, images: Tensor, keys: Tensor, kept: Tensor | None, *, decode: bool = True
+        self, images: Tensor, keys: Tensor | None, kept: Tensor | None, *, decode: bool = True
     ) -> tuple[list[Quantized], Tensor]:
         """Quantize every level and decode, in the order that the hierarchy needs.
 
         Args:
+            keys: (B,) the pictures' keys; None when nothing is to be learned from them.
             kept: (B,) how many levels the decoder sees; None for all.
             decode: whether the decoder's finest features, the second result, are wanted.
         """
@@ -171,7 +172,7 @@ class HierarchicalVQ(nn.Module):
         grids = [self._to_grid(level.values, index) for index, level in enumerate(quantized)]
         return quantized, self._decode_levels(len(images), self.config.levels, lambda level, _: grids[level], kept)
 
-    def _nested(self, features: list[Tensor], keys: Tensor) -> list[Quantized]:
+    def _nested(self, features: list[Tensor], keys: Tensor | None) -> list[Quantized]:
         finest = self.config.levels - 1
         found = [self._quantize(finest, self.projections[finest](features[-1]), keys)]
         for level in range(finest - 1, -1, -1):
@@ -179,7 +180,7 @@ class HierarchicalVQ(nn.Module):
             found.insert(0, self._quantize(level, self.projections[level](finer), keys))
         return found
 
-    def _residual(self, features: list[Tensor], keys: Tensor) -> list[Quantized]:
+    def _residual(self, features: list[Tensor], keys: Tensor | None) -> list[Quantized]:
         finest = self.config.levels - 1
         rest = self.projections[finest](features[-1]).float()
         found = []
@@ -189,14 +190,17 @@ class HierarchicalVQ(nn.Module):
             rest = rest - F.interpolate(values, size=self.config.grids[finest], mode="nearest")
         return found
 
-    def _quantize(self, level: int, z: Tensor, keys: Tensor, counted: Tensor | None = None) -> Quantized:
+    def _quantize(self, level: int, z: Tensor, keys: Tensor | None, counted: Tensor | None = None) -> Quantized:
         """Quantize (B, D, h, w) features; `counted` (B,) says which pictures teach the codebook, None for all."""
+        vectors, quantizer = z.permute(0, 2, 3, 1).flatten(0, 2), self._quantizer(level)
+        if keys is None:
+            alone: Quantized = quantizer(vectors, None)
+            return alone
         count = z.shape[2] * z.shape[3]
         places = torch.arange(count, dtype=torch.int64, device=z.device).repeat(len(z))
         level_keys = split_keys(keys, f"candidates {level}").repeat_interleave(count)
-        quantizer = self._quantizer(level)
         rows = None if counted is None else counted.repeat_interleave(count)
-        quantized: Quantized = quantizer(z.permute(0, 2, 3, 1).flatten(0, 2), split_keys(level_keys, places), rows)
+        quantized: Quantized = quantizer(vectors, split_keys(level_keys, places), rows)
         return quantized
 
     def _decode_levels(
@@ -267,8 +271,7 @@ class HierarchicalVQ(nn.Module):
                 raise ValueError(f"level {level} has no codebook yet\nhint: train the tokenizer further")
         if len(images) == 0:  # convolutions do not know how to
             return tuple(torch.zeros(0, *grid, dtype=torch.int64, device=images.device) for grid in self.config.grids)
-        keys = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        quantized, _ = self._walk(images, keys, None, decode=False)
+        quantized, _ = self._walk(images, None, None, decode=False)
         return self._grids([level.indices for level in quantized])
 
     @torch.no_grad()

@@ -142,14 +142,17 @@ def _spread_choice(vectors: Tensor, count: int, stream: int) -> Tensor:
     items = torch.arange(count, device=vectors.device)
     draws = uniform(items, (1,), stream)
     weights = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)
-    distances = torch.full_like(weights, torch.inf)
+    norms = vectors.square().sum(1)
+    distances = torch.full_like(norms, torch.inf)
     chosen = torch.zeros_like(items)
     for place in range(count):
         cumulative = weights.cumsum(0)
         drawn = torch.searchsorted(cumulative, draws[place] * cumulative[-1], right=True).clamp_max(len(vectors) - 1)
         chosen[place] = drawn[0]
-        distances = torch.minimum(distances, (vectors - vectors[drawn]).square().sum(1).double())
-        weights = distances
+        # One product with a matrix that is there: subtracting first would write all vectors anew each time.
+        near = torch.addmv(norms + norms[drawn], vectors, vectors[drawn[0]], alpha=-2)
+        distances = torch.minimum(distances, near.clamp_min_(0).index_fill_(0, drawn, 0))
+        weights = distances.double()
     return chosen
 
 
@@ -223,12 +226,13 @@ class Quantizer(nn.Module, ABC):
         """(..., D) code vectors of int64 indices."""
         return F.embedding(indices, self.codebook)
 
-    def forward(self, vectors: Tensor, keys: Tensor, counted: Tensor | None = None) -> Quantized:
+    def forward(self, vectors: Tensor, keys: Tensor | None, counted: Tensor | None = None) -> Quantized:
         """Quantize (N, D) vectors.
 
         Args:
             vectors: (N, D), any floating type; computed in fp32.
-            keys: (N,) int64, one a vector, which decide the candidates for restarts.
+            keys: (N,) int64, one a vector, which decide the candidates for restarts; None when nothing is to be
+                learned: then there are no statistics, and the loss is 0.
             counted: (N,) whether a vector takes part in the loss and the statistics; None for all. The loss stays a
                 share of all N, so that parts of a batch add up whatever they count.
         """
@@ -239,6 +243,8 @@ class Quantizer(nn.Module, ABC):
                 return Quantized(z, indices, z.detach(), z.new_zeros(()), self._no_statistics(z))
             indices = self._nearest(z.detach())
             e = self.lookup(indices)
+            if keys is None:
+                return Quantized(e, indices, z.detach(), z.new_zeros(()), self._no_statistics(z))
             loss = self._alignment(z, e, counted)
             # Without a gradient to pass, the values are the codes themselves, to the bit: decoding them gives the same.
             values = pass_gradient(z, e, self.estimator) if z.requires_grad else e
