@@ -16,12 +16,15 @@ from tests.tiny_training import GLOBAL_BATCH, GoOn, Heard, vq_settings, vq_stage
 from workflows.config import AdversarialSettings, VQTrainSettings
 from workflows.training.adversary import Adversary
 from workflows.training.checkpoint import StoreCheckpoints
+from workflows.training.judges import build_judges
 from workflows.training.loop import train
 from workflows.training.plain import PlainEngine
+from workflows.training.precision import Precision
 from workflows.training.stage import Evidence, Position
 from workflows.training.vq_stage import VQStage
 
 CPU = torch.device("cpu")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 STEPS = 8
 START = 0.5
 
@@ -165,6 +168,24 @@ def test_the_perceptual_distance_is_logged_evaluated_and_lowered() -> None:
         assert len(values(history, "perceptual")) == 25
         found.append(values(history, "val_perceptual")[25])
     assert found[1] < 0.9 * found[0]
+
+
+def test_in_bf16_the_judges_say_nearly_the_same_and_their_weights_stay_float32() -> None:
+    found = []
+    for precision in PRECISIONS:
+        exact = stage_of(perceptual_weight=0.7)
+        judges = build_judges(exact.settings, 5, precision, CPU)
+        stage = VQStage(exact.model, exact.settings, 5, precision, exact.train, exact.validation, judges)
+        adversary = adversary_of(stage)
+        adversary.before_step(STEPS * GLOBAL_BATCH)
+        output = stage.objective(*stage.batch(Position(0, 0, GLOBAL_BATCH, GLOBAL_BATCH)))
+        learned = stage.after_micro_batch(output)
+        adversary.step(0)
+        assert {parameter.dtype for parameter in adversary.parameters} == {torch.float32}
+        found.append({**output.metrics, "discriminator": learned["discriminator"], "factor": adversary.factor})
+    for name in ("perceptual", "adversarial", "discriminator", "factor"):
+        assert not torch.equal(found[0][name], found[1][name]), name
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=0.1, atol=0.02)
 
 
 # ---- an adversary's life ----
