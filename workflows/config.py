@@ -176,6 +176,13 @@ class ComputeSettings(Settings):
     """Restarts after a lost worker before the job gives up; -1 never gives up."""
 
 
+class EncodeSettings(Settings):
+    """How the dataset becomes codes."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the tokenizer (codebooks are fp32 always); auto is bf16 where the processor is made for it."""
+
+
 class SamplingSettings(Settings):
     """How pictures are drawn unless a command says otherwise."""
 
@@ -272,6 +279,8 @@ class RunConfig(Settings):
     """Stage 2."""
     compute: ComputeSettings = ComputeSettings()
     """The machines."""
+    encode: EncodeSettings = EncodeSettings()
+    """How the dataset becomes codes."""
     sampling: SamplingSettings = SamplingSettings()
     """How pictures are drawn."""
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -14,9 +14,9 @@ import io
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,7 @@ from workflows.data.distributed import Summary, map_units
 from workflows.data.shards import STAGING, clear_stale, finished_shards, mark_finished, to_parquet
 from workflows.data.splits import SPLITS
 from workflows.requests import request_of
+from workflows.training.precision import Precision, choose_precision, computing_in
 
 BATCH = 64
 """Pictures the network sees at once, always."""
@@ -78,9 +79,13 @@ def encode_dataset(context: Context) -> Manifest:
     names = [name for split in SPLITS for name in shard_names(dataset, split)]
     total = sum(int(count) for count in dataset.facts["rows"].values())
     waiting = [name for name in names if name not in entries]
-    done = 0
-    jobs = map_units(lambda: _Encoder(root, dataset, vq, staging, store), waiting, context.config.compute, on_gpus=True)
+    setting = context.config.encode.precision
+    done, speed = 0, _Speed()
+    jobs = map_units(
+        lambda: _Encoder(root, dataset, vq, staging, store, setting), waiting, context.config.compute, on_gpus=True
+    )
     for summary in jobs:
+        speed.add(summary)
         entries[str(summary["name"])] = FileEntry(int(summary["bytes"]), str(summary["sha256"]))
         done += int(summary["rows"])
         context.progress.update(done, total, "pictures")
@@ -92,15 +97,47 @@ def encode_dataset(context: Context) -> Manifest:
         "classes": list(dataset.facts["classes"]),
     }
     digests = {name: parent.digest for name, parent in parents.items()}
-    provenance = {"seconds": round(time.monotonic() - started, 1), "encoded_now": done}
+    provenance = {"seconds": round(time.monotonic() - started, 1), "encoded_now": done, **speed.figures}
     manifest = write_manifest(
         store, "codes", request, digests, facts, provenance, known=entries, leave_out=(f"{STAGING}/",)
     )
     store.child(STAGING).delete()
-    context.progress.say(f"  {total:,} pictures in {len(names)} shards, {model.config.tokens} codes each")
+    context.progress.say(f"  {total:,} pictures in {len(names)} shards, {model.config.tokens} codes each{speed}")
     if context.run is not None:
-        context.run.log_metrics({"pictures": float(total), "seconds": provenance["seconds"]}, step=0)
+        figures = {"pictures": float(total), "seconds": provenance["seconds"], **speed.figures}
+        context.run.log_metrics({name: value for name, value in figures.items() if name != "precision"}, step=0)
     return manifest
+
+
+@dataclass
+class _Speed:
+    """How fast the tokenizer worked, without starting and storing."""
+
+    pictures: int = 0
+    seconds: float = 0.0
+    """Of all processes together."""
+    precisions: set[str] = field(default_factory=set)
+
+    def add(self, summary: Mapping[str, Any]) -> None:
+        """Count one shard."""
+        self.pictures += int(summary["encoded"])
+        self.seconds += float(summary["seconds"])
+        self.precisions.add(str(summary["precision"]))
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """For the manifest; nothing when nothing was encoded."""
+        if self.pictures == 0:
+            return {}
+        rate = round(self.pictures / max(self.seconds, 1e-9), 1)
+        return {"images_per_second_per_process": rate, "precision": ", ".join(sorted(self.precisions))}
+
+    def __str__(self) -> str:
+        """For the user, after what was done."""
+        figures = self.figures
+        if not figures:
+            return ""
+        return f"; {figures['images_per_second_per_process']:,.0f} images/s a process in {figures['precision']}"
 
 
 def load_tokenizer(root: Store, vq: Manifest) -> HierarchicalVQ:
@@ -129,18 +166,23 @@ def load_tokenizer(root: Store, vq: Manifest) -> HierarchicalVQ:
 
 
 def encode_batches(
-    model: HierarchicalVQ, pixels: np.ndarray[Any, Any], device: str = "cpu"
+    model: HierarchicalVQ,
+    pixels: np.ndarray[Any, Any],
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    batch: int = BATCH,
 ) -> list[np.ndarray[Any, Any]]:
     """(N, h, w) int32 codes of each level, coarse first, from (N, H, W, 3) uint8 pictures.
 
-    The network sees BATCH pictures at a time; the last batch is padded with its own last picture.
+    The network sees `batch` pictures at a time; the last batch is padded with its own last picture.
     """
     found: list[list[np.ndarray[Any, Any]]] = []
     with torch.no_grad():
-        for first in range(0, len(pixels), BATCH):
-            rows = pixels[first : first + BATCH]
-            padded = np.concatenate([rows, np.repeat(rows[-1:], BATCH - len(rows), axis=0)])
-            codes = model.encode(to_input(padded).to(device))
+        for first in range(0, len(pixels), batch):
+            rows = pixels[first : first + batch]
+            padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
+            with computing_in(precision, torch.device(device)):
+                codes = model.encode(to_input(padded).to(device))
             found.append([level[: len(rows)].cpu().numpy().astype(np.int32) for level in codes])
     return [np.concatenate(level) for level in zip(*found, strict=True)]
 
@@ -154,23 +196,30 @@ class _Encoder:
     vq: Manifest
     staging: Store
     store: Store
+    setting: Literal["auto", "fp32", "bf16"] = "fp32"
+    seconds: float = 0.0
+    """What the network took for `encoded` pictures of the present shard."""
+    encoded: int = 0
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)  # sums in another order could tip a picture between two codes
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.precision, _ = choose_precision(self.setting, torch.device(self.device))
         self.model = load_tokenizer(self.root, self.vq).to(self.device)
 
     def __call__(self, name: str) -> Summary:
         """Write the codes of one dataset shard under the same name."""
+        self.seconds, self.encoded = 0.0, 0
         (table,) = read_shards(self.root.child("dataset"), self.dataset, [name])
         parts = [self._part(name, table, first) for first in range(0, table.num_rows, PART_ROWS)]
         described = table.select(["id", "label", "style", "group"]).combine_chunks()
         codes = pa.concat_tables(parts).combine_chunks()
         for level in codes.column_names:
             described = described.append_column(level, codes[level])
-        return mark_finished(self.store, self.staging, name, to_parquet(described), described.num_rows)
+        note = mark_finished(self.store, self.staging, name, to_parquet(described), described.num_rows)
+        return {**note, "seconds": self.seconds, "encoded": self.encoded, "precision": self.precision}
 
     def _part(self, name: str, table: pa.Table, first: int) -> pa.Table:
         """The codes of PART_ROWS rows: from an interrupted run, or made now."""
@@ -182,7 +231,10 @@ class _Encoder:
         encoded = table["image"].slice(first, PART_ROWS)
         pixels = np.stack([np.asarray(Image.open(io.BytesIO(content.as_py())).convert("RGB")) for content in encoded])
         columns = {}
-        for level, codes in enumerate(encode_batches(self.model, pixels, self.device)):
+        started = time.perf_counter()
+        found = encode_batches(self.model, pixels, self.device, self.precision)
+        self.seconds, self.encoded = self.seconds + time.perf_counter() - started, self.encoded + len(pixels)
+        for level, codes in enumerate(found):
             flat = pa.array(codes.reshape(-1), pa.int32())
             columns[f"codes_{level}"] = pa.FixedSizeListArray.from_arrays(flat, codes[0].size)
         made = pa.table(columns)

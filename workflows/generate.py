@@ -9,6 +9,7 @@ Axes: n pictures of H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.prior.prior import HierarchicalPrior
 from workflows.config import SamplingSettings
+from workflows.training.precision import Precision, computing_in
 
 Pictures = NDArray[np.uint8]
 """(n, H, W, 3) RGB."""
@@ -40,14 +42,17 @@ def padded(values: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def decode_codes(vq: HierarchicalVQ, codes: Sequence[NDArray[np.int64]], batch: int) -> Pictures:
+def decode_codes(
+    vq: HierarchicalVQ, codes: Sequence[NDArray[np.integer[Any]]], batch: int, precision: Precision = "fp32"
+) -> Pictures:
     """(n, H, W, 3) pictures of any prefix of the levels, (n, h, w) codes each, in fixed batches."""
     count = len(codes[0])
     parts = []
     device = next(vq.parameters()).device
     for start in range(0, count, batch):
         levels = [torch.from_numpy(np.asarray(level[start : start + batch], dtype=np.int64)) for level in codes]
-        found = vq.decode(tuple(padded(level, batch).to(device) for level in levels))
+        with computing_in(precision, device):
+            found = vq.decode(tuple(padded(level, batch).to(device) for level in levels))
         parts.append(to_uint8(found[: min(batch, count - start)]))
     return np.concatenate(parts)
 

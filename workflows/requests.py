@@ -28,7 +28,8 @@ def _settings(kind: str, config: RunConfig) -> dict[str, Any]:
         case "vq":
             return {"vq": _tokenizer(config), "seed": config.seed}
         case "codes":
-            return {}
+            precision = config.encode.precision
+            return {} if precision == "auto" else {"precision": precision}
         case "prior":
             return {"prior": config.prior.model_dump(mode="json"), "seed": config.seed}
         case "evaluation":

@@ -49,3 +49,14 @@ def test_losses_that_are_on_are_part_of_what_was_asked_for(tmp_path: Path) -> No
 def test_a_named_file_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^no such file with weights of the feature network: .*gone\.pth\nhint: "):
         request("perceptual_weight=0.1", f"perceptual_network={tmp_path / 'gone.pth'}")
+
+
+def test_codes_are_asked_for_anew_when_an_arithmetic_is_named() -> None:
+    parents = {"dataset": DATASET, "vq": DATASET}
+    found = [
+        request_of("codes", load_config("tiny", None, [f"encode.precision={precision}"]), parents)
+        for precision in ("auto", "fp32", "bf16")
+    ]
+    assert len(set(found)) == 3
+    before = request_digest("codes", {}, dict.fromkeys(parents, DATASET.digest))
+    assert found[0] == before, "what was encoded before there was a choice stays current"

@@ -1,7 +1,8 @@
-"""Which arithmetic a stage trains in, and why."""
+"""Which arithmetic a model is trained and used in, and why."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,11 @@ def choose_precision(setting: Literal["auto", "fp32", "bf16"], device: torch.dev
     if _processor_has("amx_bf16"):
         return "bf16", "the processor has AMX"
     return "fp32", "without AMX bf16 is many times slower on a CPU"
+
+
+def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Inside it a model computes in that arithmetic; codebooks and what is compared with them stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _processor_has(flag: str) -> bool:
