@@ -13,6 +13,7 @@ import typer
 from infra.secrets import mask
 from workflows.job import Job, exit_status, with_options
 from workflows.models_commands import models_app
+from workflows.tokenizer_commands import Arithmetic, codes_app, reconstruct
 
 if TYPE_CHECKING:
     from workflows.pipeline import Pipeline
@@ -32,6 +33,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(config_app, name="config")
 app.add_typer(models_app, name="models")
+app.add_typer(codes_app, name="codes")
 
 
 # ---- the path ----
@@ -89,8 +91,16 @@ def train_vq(job: Job) -> None:
 
 @app.command("encode")
 @with_options
-def encode(job: Job) -> None:
+def encode(
+    job: Job,
+    precision: Annotated[
+        Arithmetic | None,
+        typer.Option("--precision", help="Arithmetic of the tokenizer: the setting encode.precision."),
+    ] = None,
+) -> None:
     """Turn the dataset into codes."""
+    if precision is not None:
+        job.overrides.append(f"encode.precision={precision.value}")
     _step(job, "codes")
 
 
@@ -224,6 +234,9 @@ def sample(
     job.quiet()
     written = draw_grid(request, config, job.progress)
     job.answer({"status": 0, **written}, f"{written['image']}\n{written['recipe']}")
+
+
+app.command("reconstruct")(reconstruct)
 
 
 # ---- configuration ----

@@ -235,6 +235,39 @@ def test_a_wrong_request_for_pictures_is_refused(
     assert {path.name for path in tmp_path.iterdir()} <= {".hvqd"}, "a log at most"
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "error", "hint"),
+    [
+        ("reconstruct nowhere", [], r"no such picture, folder or split: nowhere \(splits are train, val, test\)", ".*"),
+        ("reconstruct folder", [], r"no pictures in the folder folder", r"name a folder with files such as .*"),
+        ("reconstruct folder/a.txt", [], r"no picture that can be read at folder/a\.txt: .*known format", ".*PNG.*"),
+        ("reconstruct test", ["-n", "0"], "-n must be at least 1: 0", "for example -n 16"),
+        ("reconstruct test", ["--levels", "0..2"], r"--levels must be .* within 1\.\.2: 0\.\.2", "1 is the coarsest.*"),
+        ("reconstruct test", ["--levels", "3"], r"--levels must be .* within 1\.\.2: 3", "1 is the coarsest .*"),
+        (
+            "reconstruct test",
+            ["--model", "nowhere"],
+            r"no tokenizer at .*/nowhere: neither .*",
+            "name a run's root or .*",
+        ),
+        ("reconstruct test", ["--model", "models:/hvqd/99"], r"the registry .* has no version 99 .*", ".*"),
+        ("reconstruct test", ["--root", "nowhere"], "no tokenizer: hvqd has no champion, .*", "`hvqd train vq` .*"),
+        ("codes inspect", ["--codes", "0"], "--codes must be at least 1: 0", "for example --codes 24"),
+        ("codes inspect nowhere", [], "no such picture, folder or split: nowhere .*", "name a file, .*"),
+    ],
+)
+def test_a_wrong_request_to_see_a_tokenizer_is_refused(
+    finished_run: FinishedRun, command: str, arguments: list[str], error: str, hint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("no picture\n")
+    given = (*command.split(), "--root", str(finished_run.root), "--out", "sheet.png", *arguments)
+    done = run_hvqd(*given, cwd=tmp_path, env=finished_run.env)
+    _refused(done, 2, error, hint)
+    assert len(done.err.splitlines()) == 2
+    assert {path.name for path in tmp_path.iterdir()} <= {".hvqd", "folder"}, "a log at most"
+
+
 def test_promoting_what_is_not_there_is_refused(finished_run: FinishedRun, tmp_path: Path) -> None:
     root = str(finished_run.root)
     done = run_hvqd("promote", "--root", root, "--version", "99", "--dry-run", cwd=tmp_path, env=finished_run.env)

@@ -22,7 +22,7 @@ _OWN: dict[str, set[str]] = {
     "run": set(),
     "data build": {"source"},
     "train vq": set(),
-    "encode": set(),
+    "encode": {"--precision"},
     "train prior": set(),
     "evaluate": {"--model"},
     "register": set(),
@@ -35,6 +35,8 @@ _OWN: dict[str, set[str]] = {
     "models verify": {"version"},
     "models repair": set(),
     "report": set(),
+    "reconstruct": {"path", "--out", "--levels", "-n", "--model", "--precision"},
+    "codes inspect": {"path", "--out", "--codes", "-n", "--model", "--precision"},
     "sample": {"--out", "-n", "--class", "--model", "--steps", "--guidance", "--sampler"},
     "config show": set(),
     "presets": set(),
@@ -55,7 +57,7 @@ def test_the_commands_and_their_flags_are_these() -> None:
     assert dict(_flags()) == {path: own | _COMMON for path, own in _OWN.items()}
 
 
-@pytest.mark.parametrize("path", ["", "data", "train", "config", "models", *_OWN])
+@pytest.mark.parametrize("path", ["", "data", "train", "config", "models", "codes", *_OWN])
 def test_help_names_every_flag_and_loads_nothing_heavy(path: str, tmp_path: Path) -> None:
     """What takes long to load is named here, because a clock would judge the machine."""
     done = subprocess.run(
@@ -120,6 +122,12 @@ def test_presets_lists_each_with_what_it_is_for(tmp_path: Path) -> None:
         (["rnu"], r"No such command 'rnu'.*'run'", r"`hvqd --help`"),
         (["run", "--prest", "tiny"], r"No such option: --prest .*--preset", r"`hvqd run --help`"),
         (["sample"], r"Missing option '--out'", r"`hvqd sample --help`"),
+        (
+            ["encode", "--precision", "fp8"],
+            r"Invalid value for '--precision': .*'fp8' is not one of .*'bf16'",
+            r"`hvqd encode --help`",
+        ),
+        (["reconstruct", "--out", "a.png"], r"Missing argument 'path'", r"`hvqd reconstruct --help`"),
         (["train", "vq", "--seed", "x"], r"Invalid value for '--seed'", r"`hvqd train vq --help`"),
     ],
 )
@@ -152,7 +160,8 @@ _REGISTRY = {
 
 @pytest.mark.parametrize("path", sorted(set(_OWN) - set(_REGISTRY)))
 def test_a_dry_run_touches_nothing(path: str, tmp_path: Path) -> None:
-    more = ["--out", "grid.png"] if path == "sample" else []
+    more = {"reconstruct": ["test"]}.get(path, [])
+    more += ["--out", "grid.png"] if path in ("sample", "reconstruct", "codes inspect") else []
     arguments = [*path.split(), *more, "--dry-run", "--json", "--root", "new/root"]
     done = run_hvqd(*arguments, cwd=tmp_path, env=environment(tmp_path)).succeeded()
     assert (done.err, len(done.out.splitlines())) == ("", 1)
