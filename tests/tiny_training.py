@@ -17,6 +17,7 @@ from hvqd_model.config import PriorConfig, VQConfig
 from hvqd_model.prior.prior import HierarchicalPrior
 from workflows.config import TrainSettings, VQTrainSettings
 from workflows.data.batches import CodeTable, ImageTable
+from workflows.training.alarms import Alarm
 from workflows.training.engine import Engine
 from workflows.training.judges import build_judges
 from workflows.training.loop import Record, TrainState
@@ -130,6 +131,8 @@ class Heard:
 
     records: list[Record] = field(default_factory=list)
     steps: list[tuple[int, int, str]] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
+    pictures: list[tuple[int, bytes]] = field(default_factory=list)
 
     def progress(self, images_seen: int, total: int, note: str) -> None:
         """A step."""
@@ -138,3 +141,11 @@ class Heard:
     def record(self, record: Record) -> None:
         """A line of the history."""
         self.records.append(record)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """What goes wrong."""
+        self.alarms.append(alarm)
+
+    def picture(self, images_seen: int, png: bytes) -> None:
+        """What an evaluation looked at."""
+        self.pictures.append((images_seen, png))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -138,9 +138,27 @@ def curves(root: Store, manifests: Mapping[str, Manifest]) -> str:
             charts = history_charts(root.child(kind).read_json("history.json")) if kind in manifests else []
         except FileNotFoundError:
             charts = []
-        if charts:
-            parts += [f"<h3>{name}</h3>", f'<div class="charts">{"".join(charts)}</div>']
+        alarms = manifests[kind].facts.get("alarms", []) if kind in manifests else []
+        if charts or alarms:
+            parts += [f"<h3>{name}</h3>", _alarms(alarms), f'<div class="charts">{"".join(charts)}</div>']
     return section("curves", "Training curves", "Against images seen; the last value stands in the legend.", *parts)
+
+
+def _alarms(alarms: Sequence[Mapping[str, Any]]) -> str:
+    """What went wrong in a training, and what helps; nothing when nothing did."""
+    if not alarms:
+        return ""
+    rows = [
+        [
+            escape(alarm["name"] if alarm["level"] is None else f"{alarm['name']}, level {alarm['level']}"),
+            f"{alarm['images']:,}",
+            f'<span class="text">{escape(alarm["seen"])}</span>',
+            f'<span class="text">{escape(alarm["remedy"])}</span>',
+        ]
+        for alarm in alarms
+    ]
+    drawn = table(["Alarm", "After images", "What was seen", "What helps"], rows)
+    return drawn.replace('<td><span class="text">', '<td class="wrap"><span class="text">')
 
 
 def _meaning(name: str) -> str:

@@ -34,6 +34,7 @@ from workflows.config import RunConfig
 from workflows.context import Context
 from workflows.loading import load_config
 from workflows.training.engine import Engine
+from workflows.training.alarms import Alarm
 from workflows.training.loop import Record, Reporter, TrainState, train
 from workflows.training.worker import MailReporter, StageName, TrainingJob, build_stage
 
@@ -83,6 +84,12 @@ class Nothing:
     def record(self, record: Record) -> None:
         """Nobody is told."""
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Nobody is told."""
+
+    def picture(self, images_seen: int, png: bytes) -> None:
+        """Nobody is told."""
+
 
 @dataclass
 class StopWatch:
@@ -109,6 +116,14 @@ class StopWatch:
     def record(self, record: Record) -> None:
         """Pass it on."""
         self.inner.record(record)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Pass it on."""
+        self.inner.alarm(alarm)
+
+    def picture(self, images_seen: int, png: bytes) -> None:
+        """Pass it on."""
+        self.inner.picture(images_seen, png)
 
 
 # ---- what the sides run ----

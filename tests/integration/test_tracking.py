@@ -26,7 +26,11 @@ from infra.tracking import TrackedRun, Tracker, open_tracker
 from tests.command_line import Finished, environment, run_hvqd
 from tests.conftest import FinishedRun
 from tests.services import MLflowServer, free_ports
+from workflows.config import RunConfig
+from workflows.context import Context
 from workflows.pipeline import tracked
+from workflows.training.alarms import Alarm
+from workflows.training.launch import Desk
 
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "fakeAWSsecret0123456789",
@@ -83,6 +87,18 @@ def test_a_run_sent_to_another_process_writes_to_the_same_run(tracker: Tracker) 
     copy = pickle.loads(pickle.dumps(run))
     copy.log_metrics({"loss": 1.0}, step=1)
     assert history(run, "loss") == [(1, 1.0)]
+
+
+def test_pictures_and_alarms_of_a_training_are_kept_with_its_run(tracker: Tracker, tmp_path: Path) -> None:
+    """Under names that sort by images seen; what a resumed run sends again takes the same place."""
+    run, root = tracker.run("seen", "vq"), open_store(str(tmp_path))
+    alarm = Alarm("codebook collapse", 1, 8_000, "0.2% of the codes used", "vq.model.restart_threshold=0.05")
+    for _ in range(2):
+        desk = Desk(Context(RunConfig(), root, run=run), root.child("vq"))
+        desk.show([("picture", (16, b"one")), ("alarm", alarm), ("picture", (32_000, b"two"))])
+    names = [item.path for item in run.client.list_artifacts(run.run_id, "pictures")]
+    assert names == ["pictures/images-000000000016.png", "pictures/images-000000032000.png"]
+    assert run.client.get_run(run.run_id).data.tags["hvqd.alarm.codebook_collapse_level_1"] == alarm.text
 
 
 def test_a_run_ends_as_what_happened(tracker: Tracker) -> None:

@@ -24,8 +24,15 @@ from workflows.evaluation_figures import PictureSet
 from workflows.evaluation_grids import draw_grids
 from workflows.report import verdicts, write_report
 from workflows.report_figures import history_charts, row_images, short, ticks, usage_chart
+from workflows.training.alarms import Alarm
 
 SETS = ("real", "reconstructions", "samples", "marginals", "untrained")
+
+
+COLLAPSE = Alarm(
+    "codebook collapse", 1, 2_000, "1.0% of the codes used, below <0.25>", "vq.model.restart_threshold=0.05"
+)
+GRADIENTS = Alarm("exploding gradients", None, 3_000, "the norm is inf", "vq.train.learning_rate=0.0005")
 
 
 def figure(value: float) -> dict[str, Any]:
@@ -83,7 +90,7 @@ def make_root(folder: Path, classes: tuple[str, ...] = ("cats & dogs", "<b>birds
     )
     facts: dict[str, dict[str, Any]] = {
         "dataset": {"classes": list(classes), "rows": {"train": 100, "val": 9, "test": 40}, "image_size": [16, 16]},
-        "vq": {"images": 6000, "parameters": 1234567},
+        "vq": {"images": 6000, "parameters": 1234567, "alarms": [COLLAPSE.as_json(), GRADIENTS.as_json()]},
         "codes": {"rows": {"train": 100, "val": 9, "test": 40}},
         "prior": {"images": 4000, "parameters": 7654321},
     }
@@ -161,6 +168,17 @@ def test_the_page_loads_nothing_and_its_tags_are_balanced(written: tuple[str, Pa
     assert len(page.loads) >= 8 and all(target.startswith("data:image/png;base64,") for target in page.loads)
     assert not {"script", "link", "iframe"} & page.tags
     assert "@import" not in html and "url(" not in html
+
+
+def test_the_alarms_of_a_training_stand_with_its_curves(written: tuple[str, Page]) -> None:
+    html, _ = written
+    curves = html.partition('id="curves"')[2].partition("</section>")[0]
+    tokenizer, prior = curves.partition("<h3>Prior</h3>")[::2]
+    for part in ("codebook collapse, level 1", "2,000", "1.0% of codes used, below &lt;0.25&gt;", COLLAPSE.remedy):
+        assert part in tokenizer
+    for part in ("exploding gradients<", "3,000", "the norm is inf", GRADIENTS.remedy):
+        assert part in tokenizer
+    assert prior and "What helps" not in prior, "nothing went wrong there"
 
 
 def test_every_picture_has_an_alternative_text_and_every_anchor_a_target(written: tuple[str, Page]) -> None:

@@ -158,7 +158,7 @@ def test_the_average_restarts_from_the_weights_when_codebooks_are_written() -> N
         pass
     assert not torch.equal(engine.average[0], engine.parameters[0])
     stage.settings = stage.settings.model_copy(update={"codebook_start": 0.0})
-    assert stage.before_step(engine, 2 * GLOBAL_BATCH) == {"codebooks_started": 2.0}
+    assert stage.before_step(engine, 2 * GLOBAL_BATCH)["codebooks_started"] == 2
     assert all(torch.equal(average, weight) for average, weight in zip(engine.average, engine.parameters, strict=True))
     assert stage.before_step(engine, 3 * GLOBAL_BATCH) == {}
 
@@ -232,7 +232,11 @@ def test_evaluation_changes_nothing_and_repeats_itself(kind: str) -> None:
             figures.append(stage.evaluate(engine))
         engine.module.train()
     assert figures[0] == figures[1]
-    expected = {"val_psnr", "val_psnr_prefix_1", "val_perplexity_0", "val_perplexity_1"}
+    expected = {"val_psnr", "val_psnr_prefix_1", "val_psnr_mean_picture"} | {
+        f"{name}_{level}"
+        for name in ("val_perplexity", "val_vector_norm", "val_code_norm", "codebook_norm")
+        for level in (0, 1)
+    }
     assert figures[0].keys() == (expected if kind == "vq" else {"val_bits_0", "val_bits_1", "val_bits_total"})
     assert_identical(everything(engine), before)
 

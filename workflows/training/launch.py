@@ -7,17 +7,22 @@ program would only come again, and ends the job at once. Ray's own checkpoints a
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from infra.cluster import connect
 from infra.errors import EnvironmentFailure, InputError
+from infra.storage import Store
 from workflows.artifacts import MANIFEST, Manifest, check_files, find_manifest, read_manifest, write_manifest
 from workflows.context import Context
 from workflows.requests import PARENTS, request_of
+from workflows.training.alarms import Alarm
 from workflows.training.mailbox import Mailbox
 from workflows.training.worker import StageName, TrainingJob, train_worker
 
@@ -25,11 +30,12 @@ Work = Callable[[dict[str, Any]], None]
 
 _POLL_SECONDS = 0.3
 _HEALTH_CHECK_SECONDS = "0.5"  # Ray's 2 s would be spent several times in a stage's start and end
-_LEAVE_OUT = ("checkpoints/", "ray/")
+_PICTURES = "pictures/"
+_LEAVE_OUT = ("checkpoints/", "ray/", _PICTURES)  # pictures are for the eye: no digest covers them
 
 
 def train_vq(context: Context) -> Manifest:
-    """Stage 1: the artifact `vq/` with model/, history.json and (not part of it) checkpoints/."""
+    """Stage 1: the artifact `vq/` with model/, history.json and (not part of it) checkpoints/ and pictures/."""
     return _train(context, "vq")
 
 
@@ -92,6 +98,7 @@ def run_job(job: TrainingJob, context: Context, work: Work = train_worker) -> in
     import ray
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    desk = Desk(context, job.folder)
     records, restarts = 0, 0
     while True:
         failures: list[BaseException] = []
@@ -107,7 +114,7 @@ def run_job(job: TrainingJob, context: Context, work: Work = train_worker) -> in
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
-            records += _show(ray.get(mailbox.take.remote()), context)
+            records += desk.show(ray.get(mailbox.take.remote()))
         if not failures:
             ray.kill(mailbox)
             return records
@@ -158,19 +165,55 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work) -> None:
         job.folder.child("ray").delete()
 
 
-def _show(messages: list[tuple[str, Any]], context: Context) -> int:
-    """Pass what workers reported to the user and to the tracker."""
-    records = 0
-    for kind, content in messages:
-        if kind == "progress":
-            images_seen, total, note = content
-            context.progress.update(images_seen, total, "images", note)
-        elif kind == "record":
-            records += 1
-            if context.run is not None:
-                values = {name: value for name, value in content.items() if name != "images"}
-                context.run.log_metrics(values, step=int(content["images"]))
-    return records
+@dataclass
+class Desk:
+    """Where what workers reported is passed to the user, to the tracker and to the stage's folder."""
+
+    context: Context
+    folder: Store
+    """Of the stage on the root."""
+    _alarms: set[str] = field(default_factory=set)
+    """Those that the user knows of: a restarted worker raises again what came after its checkpoint."""
+
+    def show(self, messages: list[tuple[str, Any]]) -> int:
+        """Pass messages on, in order; returns how many of them were records."""
+        records = 0
+        for kind, content in messages:
+            match kind:
+                case "progress":
+                    images_seen, total, note = content
+                    self.context.progress.update(images_seen, total, "images", note)
+                case "record":
+                    records += 1
+                    self._record(content)
+                case "alarm":
+                    self._alarm(content)
+                case "picture":
+                    self._picture(*content)
+        return records
+
+    def _record(self, record: dict[str, float]) -> None:
+        if self.context.run is not None:
+            values = {name: value for name, value in record.items() if name != "images"}
+            self.context.run.log_metrics(values, step=int(record["images"]))
+
+    def _alarm(self, alarm: Alarm) -> None:
+        if alarm.title in self._alarms:
+            return
+        self._alarms.add(alarm.title)
+        for line in alarm.text.splitlines():
+            self.context.progress.say(f"  {line}")
+        if self.context.run is not None:
+            name = "_".join(alarm.title.replace(",", "").split())
+            self.context.run.set_tags({f"hvqd.alarm.{name}": alarm.text})
+
+    def _picture(self, images_seen: int, png: bytes) -> None:
+        self.folder.write_bytes(f"{_PICTURES}latest.png", png)
+        if self.context.run is not None:
+            with tempfile.TemporaryDirectory(prefix="hvqd-picture-") as scratch:
+                path = Path(scratch) / f"images-{images_seen:012d}.png"
+                path.write_bytes(png)
+                self.context.run.log_file(path, "pictures")
 
 
 def _causes(error: BaseException) -> list[BaseException]:

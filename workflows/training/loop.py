@@ -13,6 +13,7 @@ import torch
 
 from hvqd_model.codec.quantizer import CodebookStatistics, merge_statistics
 from workflows.training import collectives
+from workflows.training.alarms import Alarm, Watch, find_alarms
 from workflows.training.engine import Engine, StepResult
 from workflows.training.stage import Position, RunningMean, Stage, learning_rate_at, place_on
 
@@ -47,18 +48,30 @@ class Reporter(Protocol):
     def record(self, record: Record) -> None:
         """One line of the history."""
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Something goes wrong; said once a run."""
+
+    def picture(self, images_seen: int, png: bytes) -> None:
+        """What an evaluation looked at."""
+
 
 def train(engine: Engine, stage: Stage, checkpoints: Checkpoints, reporter: Reporter) -> TrainState:
     """Train to the end of the budget and return the final state, which has been checkpointed."""
     settings = stage.settings
     state = checkpoints.restore(engine)
+    watch = stage.watch()
+    find_alarms(state.history, watch)  # what was said before is not said again
     means = RunningMean()
+
+    def keep(record: Record) -> None:
+        _record(state, watch, reporter, engine, record)
+
     note = ""
     while state.images_seen < settings.images:
         before = state.images_seen
         started = stage.before_step(engine, before)
         if started:
-            _record(state, reporter, engine, {"images": before, **started})
+            keep({"images": before, **started})
         result = _step(engine, stage, before, means)
         state.images_seen = before + settings.global_batch
         done = state.images_seen >= settings.images
@@ -68,11 +81,13 @@ def train(engine: Engine, stage: Stage, checkpoints: Checkpoints, reporter: Repo
             values = {**collectives.mean_metrics(means.take()), "gradient_norm": result.gradient_norm}
             values["learning_rate"] = learning_rate_at(before, settings)
             note = f"loss {values['loss']:.4f}" if "loss" in values else note
-            _record(state, reporter, engine, {"images": state.images_seen, **values})
+            keep({"images": state.images_seen, **values})
         if done or _crossed(before, state.images_seen, settings.evaluate_every_images):
             figures = _evaluate(engine, stage)
             consequences = stage.after_evaluation(figures)
-            _record(state, reporter, engine, {"images": state.images_seen, **figures, **consequences})
+            keep({"images": state.images_seen, **figures, **consequences})
+            if engine.rank == 0 and stage.picture is not None:
+                reporter.picture(state.images_seen, stage.picture)
         if engine.rank == 0:
             reporter.progress(min(state.images_seen, settings.images), settings.images, note)
         if done or _crossed(before, state.images_seen, settings.checkpoint_every_images):
@@ -86,11 +101,15 @@ def _crossed(before: int, after: int, interval: int) -> bool:
     return before // interval != after // interval
 
 
-def _record(state: TrainState, reporter: Reporter, engine: Engine, record: Record) -> None:
-    rounded = {name: value if name == "images" else float(f"{value:.6g}") for name, value in record.items()}
+def _record(state: TrainState, watch: Watch, reporter: Reporter, engine: Engine, record: Record) -> None:
+    completed = watch.completed(record)
+    rounded = {name: value if name == "images" else float(f"{value:.6g}") for name, value in completed.items()}
     state.history.append(rounded)
+    alarms = watch.see(rounded)
     if engine.rank == 0:
         reporter.record(rounded)
+        for alarm in alarms:
+            reporter.alarm(alarm)
 
 
 def _evaluate(engine: Engine, stage: Stage) -> dict[str, float]:

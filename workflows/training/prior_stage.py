@@ -14,6 +14,7 @@ from hvqd_model.randomness import derive_key, split_keys, uniform
 from workflows.config import TrainSettings
 from workflows.data.batches import CodeTable, batch_indices
 from workflows.training import collectives
+from workflows.training.alarms import Watch
 from workflows.training.engine import Engine
 from workflows.training.precision import Precision
 from workflows.training.stage import ObjectiveOutput, Position, place_on
@@ -50,6 +51,7 @@ class PriorStage:
 
     name = "prior"
     companion = None
+    picture = None
 
     def __init__(
         self,
@@ -69,6 +71,10 @@ class PriorStage:
     def model(self) -> HierarchicalPrior:
         """The prior."""
         return self.objective.model
+
+    def watch(self) -> Watch:
+        """Alarms of any training."""
+        return Watch("prior", self.settings, None)
 
     def batch(self, position: Position) -> tuple[Any, ...]:
         """Codes, labels, low-discrepancy times (science: (u + i/B) mod 1) and keys."""

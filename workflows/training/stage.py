@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hvqd_model.codec.quantizer import CodebookStatistics
 from workflows.config import TrainSettings
+from workflows.training.alarms import Watch
 from workflows.training.engine import Engine
 
 
@@ -38,6 +39,8 @@ class ObjectiveOutput:
     """(B N, D) of each level before quantization: what codebooks start from."""
     evidence: Evidence | None = None
     """None while no adversary is at work."""
+    prefixes: tuple[Tensor, ...] = ()
+    """(B, 3, H, W) of each prefix of the levels; in evaluation only."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Companion(Protocol):
         """Tensors and plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from them."""
+        """Go on from them, wherever the tensors lie."""
 
 
 class Stage(Protocol):
@@ -85,8 +88,15 @@ class Stage(Protocol):
         """What is trained beside the objective, if anything."""
 
     @property
+    def picture(self) -> bytes | None:
+        """A PNG that shows what the last evaluation was about, if there is something to see."""
+
+    @property
     def objective(self) -> nn.Module:
         """`forward(*batch) -> ObjectiveOutput` holds all maths that touches parameters."""
+
+    def watch(self) -> Watch:
+        """Who looks at the history for what goes wrong, and has seen nothing yet."""
 
     def batch(self, position: Position) -> tuple[Any, ...]:
         """The objective's inputs."""

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hvqd_model.codec.hierarchy import HierarchicalVQ
+from hvqd_model.codec.hierarchy import HierarchicalVQ, VQOutput
 from hvqd_model.codec.quantizer import CodebookStatistics
 from hvqd_model.randomness import derive_key, split_keys
 from workflows.config import VQTrainSettings
 from workflows.data.batches import ImageTable, batch_indices
+from workflows.generate import to_uint8
+from workflows.sheets import prefix_sheet, to_png
 from workflows.training import collectives
+from workflows.training.alarms import Watch
+from workflows.training.codebook_use import CodebookUse
 from workflows.training.engine import Engine
 from workflows.training.judges import Judges
 from workflows.training.precision import Precision
 from workflows.training.stage import ObjectiveOutput, Position, place_on
 
 _VALIDATION_IMAGES = 512
+_SHEET_PICTURES = 12
 _POOL_VECTORS_PER_CODE = 8
 
 
@@ -37,24 +44,43 @@ class VQObjective(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output = self.model(images, keys)
             if not self.training:
-                metrics = self._prefixes(images, output.codes)
+                prefixes = self._prefixes(output.codes)
+                metrics = self._metrics(images, prefixes) | self._norms(output)
                 if self.judges.features is not None:
                     metrics["perceptual"] = self.judges.distance(output.reconstruction, images)
-                return ObjectiveOutput(output.loss, metrics, output.statistics, output.vectors)
+                return ObjectiveOutput(output.loss, metrics, output.statistics, output.vectors, prefixes=prefixes)
             verdict = self.judges.judge(images, output, self.model.decoder.out.weight)
         metrics = output.metrics | verdict.metrics
         return ObjectiveOutput(verdict.loss, metrics, output.statistics, output.vectors, verdict.evidence)
 
-    def _prefixes(self, images: Tensor, codes: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _prefixes(self, codes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) of each prefix; nothing until all codebooks have started."""
         levels = self.model.config.levels
         if not all(self.model.started(level) for level in range(levels)):
-            return {}
+            return ()
+        return tuple(self.model.decode(codes[:count]) for count in range(1, levels + 1))
+
+    def _metrics(self, images: Tensor, prefixes: tuple[Tensor, ...]) -> dict[str, Tensor]:
         metrics = {}
-        for count in range(1, levels + 1):
-            name = "psnr" if count == levels else f"psnr_prefix_{count}"
-            error = (self.model.decode(codes[:count]) - images).flatten(1).square().mean(1)
+        for count, pictures in enumerate(prefixes, 1):
+            name = "psnr" if count == len(prefixes) else f"psnr_prefix_{count}"
+            error = (pictures - images).flatten(1).square().mean(1)
             metrics[name] = (10 * torch.log10(4 / error.clamp_min(1e-10))).mean()
         return metrics
+
+    def _norms(self, output: VQOutput) -> dict[str, Tensor]:
+        """Mean norms by level: of the vectors before quantization, of the codes they became, and of all codes.
+
+        In `forward`, because under ZeRO-3 a codebook that is learned by gradient is whole nowhere else.
+        """
+        norms = {}
+        for level, (vectors, found) in enumerate(zip(output.vectors, output.statistics, strict=True)):
+            if self.model.started(level):
+                codes = self.model.codebooks[level].norm(dim=1)
+                norms[f"vector_norm_{level}"] = vectors.norm(dim=1).mean()
+                norms[f"code_norm_{level}"] = (found.counts * codes).sum() / found.counts.sum().clamp_min(1)
+                norms[f"codebook_norm_{level}"] = codes.mean()
+        return norms
 
 
 class VQStage:
@@ -76,12 +102,25 @@ class VQStage:
         self.companion = self.objective.judges.adversary
         self.settings, self.seed = settings, seed
         self.train, self.validation = train, validation
+        self.picture: bytes | None = None
+        self._use = CodebookUse()
         self._key = derive_key(seed, self.name)
 
     @property
     def model(self) -> HierarchicalVQ:
         """The tokenizer."""
         return self.objective.model
+
+    @cached_property
+    def _mean_picture_psnr(self) -> float:
+        """PSNR in dB of the validation pictures' mean as every one's reconstruction: what no code at all is worth."""
+        pictures = self.validation.images[:_VALIDATION_IMAGES].astype(np.float64)
+        errors = np.square(pictures - pictures.mean(0)).mean((1, 2, 3))
+        return float((10 * np.log10(255**2 / np.maximum(errors, 1e-10))).mean())
+
+    def watch(self) -> Watch:
+        """Alarms of a tokenizer."""
+        return Watch("vq", self.settings, self.model.config)
 
     def batch(self, position: Position) -> tuple[Any, ...]:
         """Pictures and their keys."""
@@ -100,12 +139,15 @@ class VQStage:
         if images_seen < self.settings.codebook_start * self.settings.images:
             return {}
         waiting = [level for level in self.model.start_order if not self.model.started(level)]
-        for level in waiting:
-            self._start(engine, level, images_seen)
-        return {"codebooks_started": float(len(waiting))} if waiting else {}
+        norms = {f"codebook_norm_{level}": self._start(engine, level, images_seen) for level in waiting}
+        return {"codebooks_started": float(len(waiting)), **norms} if waiting else {}
 
-    def _start(self, engine: Engine, level: int, images_seen: int) -> None:
-        """Fit one level's codebook to vectors of the next pictures, the same whatever the number of ranks."""
+    def _start(self, engine: Engine, level: int, images_seen: int) -> float:
+        """Fit one level's codebook to vectors of the next pictures, the same whatever the number of ranks.
+
+        Returns:
+            The mean norm of its codes.
+        """
         codes = self.model.config.codebook_sizes[level]
         rows, columns = self.model.config.grids[level]
         pictures = min(math.ceil(_POOL_VECTORS_PER_CODE * codes / (rows * columns)), len(self.train))
@@ -124,7 +166,9 @@ class VQStage:
             self.model.start_codebook(level, vectors, derive_key(self._key, "start", level))
             # Ranks may differ in their last bits (other processors): rank 0's codebook is everybody's.
             collectives.broadcast_buffers([*quantizer.buffers(), *(p.data for p in quantizer.parameters())])
+            norm = float(self.model.codebooks[level].norm(dim=1).mean())
         engine.module.train()
+        return norm
 
     def after_micro_batch(self, output: ObjectiveOutput) -> dict[str, Tensor]:
         """The adversary learns from the reconstructions."""
@@ -133,12 +177,13 @@ class VQStage:
         return self.companion.learn(output.evidence)
 
     def after_step(self, statistics: tuple[CodebookStatistics, ...], images_seen: int) -> dict[str, Tensor]:
-        """Move the codebooks, and the adversary."""
+        """Move the codebooks, and the adversary; at the end of a logging interval also how much of them was used."""
         metrics = self.model.update(statistics, derive_key(self._key, "update", images_seen))
+        metrics |= self._use.add(statistics, images_seen, self.settings)
         return metrics if self.companion is None else metrics | self.companion.step(images_seen)
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        """PSNR of every prefix, and how much of each codebook the validation pictures use."""
+        """PSNR of every prefix and of the mean picture, norms, and how much of each codebook is used."""
         unit = self.settings.micro_batch
         count = min(len(self.validation), _VALIDATION_IMAGES)
         batches = math.ceil(count / (unit * engine.world))
@@ -157,7 +202,30 @@ class VQStage:
             share = collectives.sum_over_ranks(found.clone())
             share = share / share.sum().clamp_min(1)
             figures[f"val_perplexity_{level}"] = float(torch.exp(-torch.xlogy(share, share).sum()))
+        for level in range(len(used)):  # a codebook's norm is no matter of which pictures
+            if (norm := figures.pop(f"val_codebook_norm_{level}", None)) is not None:
+                figures[f"codebook_norm_{level}"] = norm
+        if "val_psnr" in figures:
+            figures["val_psnr_mean_picture"] = self._mean_picture_psnr
+        self.picture = self._sheet(engine)
         return figures
+
+    def _sheet(self, engine: Engine) -> bytes | None:
+        """Some validation pictures, always the same ones, and their reconstructions; None before codebooks start.
+
+        Every rank computes it, for ZeRO-3's sake; it changes with no number of ranks and is part of no state.
+        """
+        if len(self.validation) == 0:
+            return None
+        places = np.unique(np.linspace(0, len(self.validation) - 1, _SHEET_PICTURES).round().astype(np.int64))
+        parts = []
+        for chosen in np.array_split(places, math.ceil(len(places) / self.settings.micro_batch)):
+            keys = torch.from_numpy(chosen)
+            parts.append(engine.forward(*place_on(engine.device, self.validation.batch(chosen), keys)).prefixes)
+        if engine.rank != 0 or not parts[0]:
+            return None
+        prefixes = [to_uint8(torch.cat(pictures)) for pictures in zip(*parts, strict=True)]
+        return to_png(prefix_sheet(self.validation.images[places], list(enumerate(prefixes, 1))))
 
     def after_evaluation(self, figures: dict[str, float]) -> dict[str, float]:
         """The adversary goes when the validation PSNR has fallen too far."""

@@ -20,6 +20,7 @@ from infra.storage import Store
 from workflows.artifacts import read_manifest
 from workflows.config import RunConfig, TrainSettings
 from workflows.data.batches import CodeTable, ImageTable
+from workflows.training.alarms import Alarm, find_alarms
 from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.judges import build_judges
 from workflows.training.loop import Record, train
@@ -69,6 +70,14 @@ class MailReporter:
     def record(self, record: Record) -> None:
         """One line of the history."""
         self.mailbox.put.remote(("record", record))
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Something goes wrong."""
+        self.mailbox.put.remote(("alarm", alarm))
+
+    def picture(self, images_seen: int, png: bytes) -> None:
+        """A picture to keep."""
+        self.mailbox.put.remote(("picture", (images_seen, png)))
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -139,4 +148,5 @@ def export(
         save_model(model, Path(scratch), state)
         job.folder.child("model").upload_folder(Path(scratch))
     job.folder.write_json("history.json", history)
-    job.folder.write_json("summary.json", {"parameters": parameters})
+    alarms = [alarm.as_json() for alarm in find_alarms(history, stage.watch())]
+    job.folder.write_json("summary.json", {"parameters": parameters, "alarms": alarms})
