@@ -59,13 +59,24 @@ def enlarged(pictures: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     return pictures.repeat(scale, 1).repeat(scale, 2)
 
 
-def prefix_sheet(originals: Pictures, prefixes: Sequence[tuple[int, Pictures]], least_side: int = 96) -> Image.Image:
+def reduced(pictures: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """(n, H / factor, W / factor, 3) pictures whose pixels are means of blocks."""
+    return np.stack([np.asarray(Image.fromarray(picture).reduce(factor)) for picture in pictures])
+
+
+def prefix_sheet(
+    originals: Pictures,
+    prefixes: Sequence[tuple[int, Pictures]],
+    least_side: int = 96,
+    most_side: int | None = None,
+) -> Image.Image:
     """The sheet of some pictures.
 
     Args:
         originals: (n, H, W, 3), n at least 1.
         prefixes: how many levels were decoded, and the (n, H, W, 3) pictures; in the order of the columns.
         least_side: pictures with shorter sides are enlarged by a whole number.
+        most_side: pictures with longer sides are made smaller by a whole number, after all has been measured.
     """
     qualities = [f"{mean_psnr(pictures, originals):.2f} dB" for _, pictures in prefixes]
     names = [prefix_name(count) for count, _ in prefixes]
@@ -75,7 +86,8 @@ def prefix_sheet(originals: Pictures, prefixes: Sequence[tuple[int, Pictures]], 
         title = "error " + name.split()[1]
         columns.append((title, f"black: {_FULL_ERROR:.0f}/255+", error_map(found, originals)))
     scale = max(1, -(-least_side // max(originals.shape[1:3])))
-    cells = [enlarged(found, scale) for *_, found in columns]
+    factor = 1 if most_side is None else -(-max(originals.shape[1:3]) // most_side)
+    cells = [reduced(found, factor) if factor > 1 else enlarged(found, scale) for *_, found in columns]
     height, width = cells[0].shape[1:3]
     pitch = max(width, least_side) + GAP  # a narrow picture still has room for its header
     sheet = Image.new("RGB", (pitch * len(columns) - GAP + 2 * GAP, _HEADER + len(originals) * (height + GAP)), "white")

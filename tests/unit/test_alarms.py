@@ -280,6 +280,31 @@ def test_the_remedy_for_a_fine_level_without_content_names_the_levels_that_stay(
     assert remedy({}, {"val_psnr": 18.0}).endswith(expected)
 
 
+def test_a_level_is_left_out_of_every_setting_that_lists_levels() -> None:
+    lists = {
+        "strides": ((8, 16), (4, 8), 4),
+        "codebook_sizes": (64, 256, 128),
+        "code_dim": (8, 16, 4),
+        "quantizer": ("ema", "fsq", "gradient"),
+        "fsq_steps": ((), (16, 16), ()),
+        "image_size": (32, 32),
+    }
+    third = {"val_psnr_prefix_2": 18.0, "val_perplexity_2": 30.0}  # no better than the first level alone
+    records = [{**record, **third} if "val_psnr" in record else record for record in history()]
+    (alarm,) = heard(records, model=VQConfig(**(MODEL.model_dump() | lists)))
+    assert alarm.level == 1
+    settings = alarm.remedy.partition("go without it: ")[2].split(" and ")
+    assert settings == [
+        "vq.model.strides=[[8,16],4]",
+        "vq.model.codebook_sizes=[64,128]",
+        "vq.model.code_dim=[8,4]",
+        "vq.model.quantizer=[ema,gradient]",
+        "vq.model.fsq_steps=[[],[]]",
+    ]
+    architecture = load_config("tiny", None, settings).vq.model
+    assert (architecture.levels, architecture.code_dims) == (2, (8, 4))
+
+
 def test_the_remedy_for_exploding_alignment_fits_the_quantizer() -> None:
     assert remedy({"alignment_1": 1.0}).startswith("vq.model.commitment=0.5, or vq.model.l2_normalize=true")
     assert remedy({"alignment_1": 1.0}, quantizer="gradient").startswith("vq.train.learning_rate=0.0005")

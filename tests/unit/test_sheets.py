@@ -64,6 +64,18 @@ def test_large_pictures_stay_as_they_are() -> None:
     np.testing.assert_array_equal(sheet[40:240, GAP : GAP + 150], originals[0])
 
 
+def test_pictures_above_a_limit_are_reduced_after_they_were_compared() -> None:
+    originals = np.full((1, 200, 150, 3), 100, dtype=np.uint8)
+    other = originals.copy()
+    other[:, ::2] += 64  # every second line: the mean of the error's colours, not the colour of the mean error
+    sheet = np.asarray(prefix_sheet(originals, [(1, other)], most_side=120))
+    cell = sheet[40:140, 2 * GAP + 96 + 1 :][:, :70]
+    assert sheet.shape == (40 + 100 + GAP, 3 * (96 + GAP) + GAP, 3)
+    assert np.unique(cell.reshape(-1, 3), axis=0).tolist() == [[132, 132, 132]]
+    errors = sheet[40:140, 3 * GAP + 2 * 96 + 1 :][:, :70]
+    assert np.abs(errors.astype(int) - 127.5).max() <= 1
+
+
 def test_a_narrow_picture_has_room_for_its_heading() -> None:
     originals = pictures(0, count=1, height=96, width=8)
     sheet = np.asarray(prefix_sheet(originals, [(1, originals)]))

@@ -214,7 +214,7 @@ class Watch:
         if kind != "fsq" and not model.l2_normalize:
             return "vq.model.l2_normalize=true with vq.model.code_dim=8"
         sizes = [max(2, size // 4) if place == level else size for place, size in enumerate(model.codebook_sizes)]
-        return f"vq.model.codebook_sizes={_listed(sizes)}"
+        return f"vq.model.codebook_sizes={_listed(sizes)}" + (" and vq.model.fsq_steps=[]" if model.fsq_steps else "")
 
     def _content(self, level: int, record: Record) -> _Sign:
         assert self.model is not None
@@ -241,9 +241,13 @@ class Watch:
         longer = f"vq.train.images={2 * self.settings.images}"
         if level == 0:
             return f"{longer}, or vq.train.learning_rate={self.settings.learning_rate / 2:g}"
-        strides = _listed([side for place, side in enumerate(model.strides) if place != level])
-        sizes = _listed([size for place, size in enumerate(model.codebook_sizes) if place != level])
-        return f"{longer}, or go without it: vq.model.strides={strides} and vq.model.codebook_sizes={sizes}"
+        settings = []
+        for name in ("strides", "codebook_sizes", "code_dim", "quantizer", "fsq_steps"):
+            entries = getattr(model, name)
+            if isinstance(entries, tuple) and entries:
+                rest = [entry for place, entry in enumerate(entries) if place != level]
+                settings.append(f"vq.model.{name}={_listed(rest)}")
+        return f"{longer}, or go without it: {' and '.join(settings)}"
 
 
 def find_alarms(history: Iterable[Record], watch: Watch) -> list[Alarm]:

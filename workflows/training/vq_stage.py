@@ -27,6 +27,7 @@ from workflows.training.stage import ObjectiveOutput, Position, place_on
 
 _VALIDATION_IMAGES = 512
 _SHEET_PICTURES = 12
+_SHEET_SIDE = 160  # a sheet of larger pictures would weigh ten megabytes an evaluation
 _POOL_VECTORS_PER_CODE = 8
 
 
@@ -225,7 +226,8 @@ class VQStage:
         if engine.rank != 0 or not parts[0]:
             return None
         prefixes = [to_uint8(torch.cat(pictures)) for pictures in zip(*parts, strict=True)]
-        return to_png(prefix_sheet(self.validation.images[places], list(enumerate(prefixes, 1))))
+        sheet = prefix_sheet(self.validation.images[places], list(enumerate(prefixes, 1)), most_side=_SHEET_SIDE)
+        return to_png(sheet)
 
     def after_evaluation(self, figures: dict[str, float]) -> dict[str, float]:
         """The adversary goes when the validation PSNR has fallen too far."""
