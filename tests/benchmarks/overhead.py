@@ -33,8 +33,8 @@ from infra.storage import Store, open_store
 from workflows.config import RunConfig
 from workflows.context import Context
 from workflows.loading import load_config
-from workflows.training.engine import Engine
 from workflows.training.alarms import Alarm
+from workflows.training.engine import Engine
 from workflows.training.loop import Record, Reporter, TrainState, train
 from workflows.training.worker import MailReporter, StageName, TrainingJob, build_stage
 

@@ -26,6 +26,7 @@ from workflows.config import RunConfig, TrainSettings
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.encode import encode_batches
 from workflows.loading import load_config
+from workflows.training.alarms import Alarm
 from workflows.training.engine import Engine
 from workflows.training.judges import build_judges
 from workflows.training.loop import Record, TrainState, train
@@ -77,6 +78,12 @@ class Nothing:
         """Nobody is told."""
 
     def record(self, record: Record) -> None:
+        """Nobody is told."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Nobody is told."""
+
+    def picture(self, images_seen: int, png: bytes) -> None:
         """Nobody is told."""
 
 

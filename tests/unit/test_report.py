@@ -29,9 +29,7 @@ from workflows.training.alarms import Alarm
 SETS = ("real", "reconstructions", "samples", "marginals", "untrained")
 
 
-COLLAPSE = Alarm(
-    "codebook collapse", 1, 2_000, "1.0% of the codes used, below <0.25>", "vq.model.restart_threshold=0.05"
-)
+COLLAPSE = Alarm("codebook collapse", 1, 2_000, "1.0% of codes used, below <0.25>", "vq.model.restart_threshold=0.05")
 GRADIENTS = Alarm("exploding gradients", None, 3_000, "the norm is inf", "vq.train.learning_rate=0.0005")
 
 
