@@ -179,8 +179,9 @@ class ComputeSettings(Settings):
 class EncodeSettings(Settings):
     """How the dataset becomes codes."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the tokenizer (codebooks are fp32 always); auto is bf16 where the processor is made for it."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Arithmetic of the tokenizer (codebooks are fp32 always). fp32 gives the same codes on every machine of a cluster;
+    auto takes bf16 where the processor is made for it, which is faster and moves a few codes."""
 
 
 class SamplingSettings(Settings):

@@ -105,10 +105,11 @@ def judge(
     if against_champion:
         what = "growth of KID over the champion's"
         how = "" if growth else " (judged by another protocol: `hvqd evaluate --model champion` judges it by this one)"
-        asked.append(("max_kid_regression", what + how, growth and growth.value, gates.max_kid_regression))
+        grown, unsure = (growth.value, growth.error) if growth else (None, None)
+        asked.append(("max_kid_regression", what + how, grown, gates.max_kid_regression))
         # Where nothing is compared, how sure the comparison would be is no question.
         error = gates.max_kid_regression_error if gates.max_kid_regression is not None else None
-        asked.append(("max_kid_regression_error", f"standard error of the {what}", growth and growth.error, error))
+        asked.append(("max_kid_regression_error", f"standard error of the {what}", unsure, error))
     return [
         _result(name, figure, value, threshold) for name, figure, value, threshold in asked if threshold is not None
     ]

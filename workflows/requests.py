@@ -29,7 +29,7 @@ def _settings(kind: str, config: RunConfig) -> dict[str, Any]:
             return {"vq": _tokenizer(config), "seed": config.seed}
         case "codes":
             precision = config.encode.precision
-            return {} if precision == "auto" else {"precision": precision}
+            return {} if precision == "fp32" else {"precision": precision}
         case "prior":
             return {"prior": config.prior.model_dump(mode="json"), "seed": config.seed}
         case "evaluation":

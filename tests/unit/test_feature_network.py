@@ -115,9 +115,7 @@ def test_a_file_of_another_kind_is_refused(kind: str, tmp_path: Path) -> None:
             path.write_bytes(b"")
         case _:
             path.write_text("these are no weights")
-    expected = (
-        r"^the weights of the feature network must be safetensors or a plain torch state dict: .*\nhint: "
-    )
+    expected = r"^the weights of the feature network must be safetensors or a plain torch state dict: .*\nhint: "
     with pytest.raises(InputError, match=expected):
         load_network(None, str(path))
 

@@ -55,7 +55,7 @@ def test_codes_are_asked_for_anew_when_an_arithmetic_is_named() -> None:
     parents = {"dataset": DATASET, "vq": DATASET}
     found = [
         request_of("codes", load_config("tiny", None, [f"encode.precision={precision}"]), parents)
-        for precision in ("auto", "fp32", "bf16")
+        for precision in ("fp32", "auto", "bf16")
     ]
     assert len(set(found)) == 3
     before = request_digest("codes", {}, dict.fromkeys(parents, DATASET.digest))
