@@ -107,6 +107,35 @@ def _is_refused_condition(error: BaseException | None) -> bool:
     return False
 
 
+def place_new(partial: Path, target: Path) -> bool:
+    """Give a complete local file its name unless there is one of that name; whether it was given.
+
+    A file system without hard links is asked to create the name alone first, which is as exclusive, but leaves an empty
+    file when the machine stops in between.
+    """
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        try:
+            target.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        partial.replace(target)
+    return True
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    """Write a local file so that a crash of the machine cannot leave it half there."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _store_message(action: str, url: str, error: Exception) -> str:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default AWS endpoint"
     if isinstance(error, boto_errors.NoCredentialsError):
@@ -181,17 +210,9 @@ class Store:
             if not self.is_local:
                 self._fs.pipe_file(self._key(name), content)
                 return
-            target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-            try:
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+            with self._aside(name) as (partial, target):
+                _write_through(partial, content)
                 partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
 
     def create_bytes(self, name: str, content: bytes) -> bool:
         """Write a file that must not exist yet, whole or not at all; of several writers exactly one succeeds.
@@ -217,21 +238,20 @@ class Store:
                 return self.read_bytes(name) == content
             except FileNotFoundError:  # the other one's, deleted since
                 return False
-        with _explained("write", f"{self.url}/{name}"):
-            target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-            try:
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.link(partial, target)
-                return True
-            except FileExistsError:
-                return False
-            finally:
-                partial.unlink(missing_ok=True)
+        with _explained("write", f"{self.url}/{name}"), self._aside(name) as (partial, target):
+            _write_through(partial, content)
+            return place_new(partial, target)
+
+    @contextmanager
+    def _aside(self, name: str) -> Iterator[tuple[Path, Path]]:
+        """A file beside the local one of this name, to be written first and gone afterwards; and that one."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            yield partial, target
+        finally:
+            partial.unlink(missing_ok=True)
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
@@ -314,14 +334,9 @@ class Store:
             if not self.is_local:
                 self._fs.put_file(str(source), self._key(name))
                 return
-            target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-            try:
+            with self._aside(name) as (partial, target):
                 shutil.copyfile(source, partial)
                 partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
 
     def download(self, name: str, target: Path) -> Path:
         """Copy a file to a local path (whole or absent) and return that path."""

@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from infra.errors import EnvironmentFailure, InputError
 from infra.quiet import switch_off_telemetry
 from infra.secrets import mask
-from infra.storage import Store
+from infra.storage import Store, place_new
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -62,8 +62,7 @@ def _make_database(path: Path) -> None:
     try:
         with explained(f"{_SQLITE}{path}"):
             MlflowClient(tracking_uri=f"{_SQLITE}{partial}").search_experiments(max_results=1)
-        with suppress(FileExistsError):  # another process was first
-            os.link(partial, path)
+        place_new(partial, path)  # unless another process was first
     finally:
         partial.unlink(missing_ok=True)
 
