@@ -101,7 +101,7 @@ class Promoter:
         entries = self.journal.entries()
         if not entries:
             return
-        if self.registry.tags(self.model, entries[-1].version).get(ENTRY_TAG) != entries[-1].digest:
+        if not self._is_applied(entries[-1]):
             self._apply(entries[-1], lease)
         expected, found = entries[-1].champion, self.registry.alias(self.model, "champion")
         if found != expected:
@@ -109,6 +109,16 @@ class Promoter:
                 f"the alias champion of {self.model} points to version {found}, the journal says {expected}: it was "
                 "moved by other means\nhint: `hvqd models repair` puts it back to what the journal says"
             )
+
+    def _is_applied(self, entry: Entry) -> bool:
+        return self.registry.tags(self.model, entry.version).get(ENTRY_TAG) == entry.digest
+
+    def is_settled(self) -> bool:
+        """Whether nothing is left unfinished and the champion is what the journal says; asked without a turn."""
+        entries = self.journal.entries()
+        if not entries:
+            return True
+        return self._is_applied(entries[-1]) and self.registry.alias(self.model, "champion") == entries[-1].champion
 
     def _apply(self, entry: Entry, lease: Lease) -> None:
         if entry.action in MOVES:
@@ -237,6 +247,10 @@ def promote(
         _refuse_if_any_failed(model, wanted, results, override)
         return PromotionResult(model, wanted, champion, results, moved=False)
     promoter = promoter_for(context, tracker)
+    if registry.alias(model, "champion") == wanted and promoter.is_settled():
+        results = _judge(context, registry, model, wanted, wanted)
+        if all(gate.passed for gate in results):  # nothing to decide, nothing to write
+            return PromotionResult(model, wanted, wanted, results, moved=False)
     with promoter.turn(f"promotion of {model} version {wanted}") as lease:
         champion = registry.alias(model, "champion")
         results = _judge(context, registry, model, wanted, champion)

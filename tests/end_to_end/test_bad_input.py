@@ -121,7 +121,7 @@ def test_a_full_disk_is_reported_and_earlier_artifacts_stay_intact(
         env=finished_run.env,
         within=on_small_disk(root, spare_bytes),
     )
-    hint = "free some space .*earlier artifacts are intact, the same command goes on"
+    hint = "free some space.* earlier artifacts are intact, the same command goes on"
     assert done.status == 1, done.err
     error, remedy = done.err.splitlines()[-2:]
     assert re.fullmatch(rf"error: cannot write .*{root}/.*: (the disk is full|no space left on the device)", error)
