@@ -83,7 +83,7 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise InputError(_explain(error)) from error
+        raise InputError(explain(error)) from error
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -189,13 +189,22 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _explain(error: ValidationError) -> str:
-    """Two lines on the first problem: the dotted key, what was given, what is allowed, and a hint."""
+def explain(
+    error: ValidationError,
+    model: type[BaseModel] = RunConfig,
+    hint: str = "`hvqd config show` documents every key and its default",
+) -> str:
+    """Two lines on the first problem: the dotted key, what was given, what is allowed, and a hint.
+
+    Args:
+        model: what was being read.
+        hint: what helps where the problem itself doesn't say.
+    """
     problem = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in problem["loc"] if part not in (ONE, EACH)) or "the configuration"
     if problem["type"] == "extra_forbidden":
         parent, _, name = key.rpartition(".")
-        allowed = _fields_at(problem["loc"][:-1])
+        allowed = _fields_at(problem["loc"][:-1], model)
         prefix = f"{parent}." if parent else ""
         return f"unknown key: {key}\n{_did_you_mean(name, allowed, prefix)}"
     cause = problem.get("ctx", {}).get("error")
@@ -205,11 +214,21 @@ def _explain(error: ValidationError) -> str:
     given = problem["input"]
     shown = repr(given) if not isinstance(given, dict) else "a group of keys"
     message = problem["msg"][:1].lower() + problem["msg"][1:]
-    return f"{key}: {message}, not {shown}\nhint: `hvqd config show` documents every key and its default"
+    return f"{key}: {message}, not {shown}\nhint: {hint}"
 
 
-def _fields_at(location: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] = RunConfig
+def dotted_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every key that has a value of its own, such as vq.train.images."""
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += dotted_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def _fields_at(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
     for part in location:
         field = model.model_fields.get(str(part))
         if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
