@@ -36,6 +36,11 @@ Count = Annotated[int, Field(ge=1)]
 Stride = Annotated[Annotated[Count, Tag(ONE)] | Annotated[tuple[Count, Count], Tag(EACH)], Discriminator(_form)]
 """Pixels, the same for rows and columns or one each."""
 QuantizerKind = Literal["ema", "gradient", "simvq", "fsq"]
+ConditionName = Literal["class", "style", "text", "map"]
+CONDITIONS: tuple[ConditionName, ...] = ("class", "style", "text", "map")
+"""What a prior can be told about a picture, in this order everywhere."""
+GaussianScheduleName = Literal["linear", "scaled-linear", "cosine", "sigmoid", "edm"]
+Prediction = Literal["epsilon", "x0", "v"]
 _MOST_STEPS = 8
 
 
@@ -263,11 +268,42 @@ class VQConfig(VQArchitecture):
         return self
 
 
+class GaussianNoise(Settings):
+    """Noise on the latents behind the codes."""
+
+    schedule: GaussianScheduleName = "cosine"
+    """How signal turns into noise over time; edm is that of Karras et al., with its own steps."""
+    zero_terminal_snr: bool = False
+    """Stretch the schedule so that nothing of the picture is left at its end, as when sampling starts (not edm)."""
+    prediction: Prediction = "v"
+    """What the network says: the noise (epsilon), the clean latents (x0), or v between them."""
+    min_snr_gamma: float | None = Field(None, gt=0)
+    """Training weight min(SNR, gamma) of the error of x0 (5 is usual); null weighs all errors alike."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "prediction must be v or x0 with zero_terminal_snr, because pure noise says nothing of the picture: "
+                "epsilon\nhint: prediction=v"
+            )
+        if self.zero_terminal_snr and self.schedule == "edm":
+            raise ValueError(
+                "zero_terminal_snr must be false with schedule=edm, which has a highest noise level of its own: true\n"
+                "hint: zero_terminal_snr=false, or schedule=cosine"
+            )
+        return self
+
+
 class PriorArchitecture(Settings):
     """The diffusion prior over the codes: its noise and its denoiser."""
 
-    noise: Literal["absorbing", "mask-and-replace"] = "absorbing"
-    """Codes are masked, or masked and replaced by random codes (science: VQ-Diffusion)."""
+    noise: Literal["absorbing", "mask-and-replace", "gaussian"] = "absorbing"
+    """Codes are masked, or masked and replaced by random codes (science: VQ-Diffusion); or the latents behind them meet
+    Gaussian noise, and samples snap to codes."""
+    gaussian: GaussianNoise = GaussianNoise()
+    """With noise=gaussian: its schedule, prediction and weights; uniform_share, schedule, loss, time_weight_power,
+    auxiliary_weight and diffusion_steps are for codes."""
     uniform_share: float = Field(0.1, ge=0, le=1)
     """With mask-and-replace: the share of the corrupted tokens that are replaced, not masked, at the end of time."""
     schedule: Literal["linear", "cosine"] = "linear"
@@ -293,7 +329,10 @@ class PriorArchitecture(Settings):
     mlp_ratio: float = Field(4.0, gt=0)
     """Hidden width of the MLP over the transformer's."""
     label_dropout: float = Field(0.1, ge=0, lt=1)
-    """Probability that training hides the class, for guidance."""
+    """Probability that training hides a condition, each for itself, for guidance and for pictures without it."""
+    conditions: tuple[ConditionName, ...] = ("class",)
+    """What the prior is told beside the codes, any of class, style, text (captions) and map (label maps); a class only
+    where the data has classes."""
     activation_checkpointing: bool = False
     """Recompute blocks in backward to save memory."""
 
@@ -304,9 +343,14 @@ class PriorArchitecture(Settings):
                 f"width must be a multiple of 4 x heads ({4 * self.heads}), for 2-D rotary positions: {self.width}\n"
                 f"hint: width={max(1, round(self.width / (4 * self.heads))) * 4 * self.heads}"
             )
-        if self.loss == "simplified" and self.noise != "absorbing":
+        if self.loss == "simplified" and self.noise == "mask-and-replace":
             raise ValueError(
                 "loss=simplified is the bound of absorbing noise only\nhint: set noise=absorbing, or loss=kl"
+            )
+        if len(set(self.conditions)) < len(self.conditions):
+            raise ValueError(
+                f"conditions must name each of {', '.join(CONDITIONS)} at most once: {list(self.conditions)}\n"
+                f"hint: conditions={[name for name in CONDITIONS if name in self.conditions]}"
             )
         return self
 
@@ -322,7 +366,17 @@ class PriorConfig(PriorArchitecture):
     """Dimensions of the tokenizer's code vectors, which the denoiser reads beside the indices: one number or one a
     level."""
     classes: tuple[str, ...] = ()
-    """Names of the classes; empty for an unconditional prior."""
+    """Names of the classes; empty for a prior without them."""
+    styles: tuple[str, ...] = ()
+    """Names of the styles; empty for a prior without them."""
+    text_dim: int = Field(0, ge=0)
+    """Dimensions of a caption's embedding; 0 for a prior without captions."""
+    text_encoder: str = ""
+    """Digest of the network that embeds captions."""
+    map_labels: int = Field(0, ge=0)
+    """Labels that maps have, 0 to this number - 1; 0 for a prior without maps."""
+    map_size: tuple[int, int] = (0, 0)
+    """Height and width of label maps, in pixels; a multiple of every level's grid."""
 
     @property
     def code_dims(self) -> tuple[int, ...]:
@@ -346,5 +400,12 @@ class PriorConfig(PriorArchitecture):
             raise ValueError(
                 f"code_dim must be one number or one a level ({len(self.grids)}): {_plain(self.code_dim)}\n"
                 "hint: take it from the tokenizer's configuration"
+            )
+        if self.map_labels and any(
+            side == 0 or side % cells for grid in self.grids for side, cells in zip(self.map_size, grid, strict=True)
+        ):
+            raise ValueError(
+                f"map_size must be a multiple of every level's grid {_plain(self.grids)}: {list(self.map_size)}\n"
+                "hint: take the tokenizer's padded_size"
             )
         return self

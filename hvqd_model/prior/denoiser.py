@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from hvqd_model.config import PriorConfig
 from hvqd_model.prior.attention import attend, normalize_and_turn, rotary_angles
 from hvqd_model.prior.conditioning import Conditioning
+from hvqd_model.prior.conditions import Conditions, as_conditions
 
 
 class FrozenBuffers(nn.Module):
@@ -166,7 +167,7 @@ class Denoiser(FrozenBuffers):
         self.config = config
         self.sizes = [rows * columns for rows, columns in config.grids]
         width = config.width
-        self.conditioning = Conditioning(len(self.sizes), len(config.classes), width)
+        self.conditioning = Conditioning(config)
         self.embeddings = nn.ModuleList(
             TokenEmbedding(codebook, size, width) for codebook, size in zip(codebooks, self.sizes, strict=True)
         )
@@ -186,7 +187,7 @@ class Denoiser(FrozenBuffers):
         self,
         codes: Sequence[Tensor],
         level_times: Tensor,
-        labels: Tensor,
+        given: Tensor | Conditions,
         present: Tensor | None,
         rows: Sequence[Tensor | None],
     ) -> list[Tensor]:
@@ -195,7 +196,7 @@ class Denoiser(FrozenBuffers):
         Args:
             codes: (B, N) int64 of each level in [0, K]; only the leading levels that some image has present.
             level_times: (B, L) of all levels.
-            labels: (B,) int64, -1 for no class.
+            given: (B,) int64 classes, -1 for none, or all conditions.
             present: (B,) int64, how many leading levels an image has in its sequence; None for all of `codes`.
             rows: (R,) int64 of each level, wanted positions among the level's B x N, of images that have it present;
                 None where the level's head is not needed at all.
@@ -203,10 +204,11 @@ class Denoiser(FrozenBuffers):
         order, starts = _sort_by_presence(present, len(codes))
         place = None
         if order is not None:
-            codes, level_times, labels = [level[order] for level in codes], level_times[order], labels[order]
+            codes, level_times = [level[order] for level in codes], level_times[order]
+            given = as_conditions(given).each(lambda part: part[order])
             place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        condition, own_times = self.conditioning(level_times, labels)
-        tokens, buckets = self._embed(codes, own_times, starts)
+        condition, own_times, maps = self.conditioning(level_times, given)
+        tokens, buckets = self._embed(codes, own_times, maps, starts)
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, condition, buckets, use_reentrant=False, preserve_rng_state=False)
@@ -217,13 +219,15 @@ class Denoiser(FrozenBuffers):
         return self._read_out(features, starts, place, rows)
 
     def _embed(
-        self, codes: Sequence[Tensor], own_times: Tensor, starts: list[int]
+        self, codes: Sequence[Tensor], own_times: Tensor, maps: Sequence[Tensor], starts: list[int]
     ) -> tuple[list[Tensor], list[_Bucket]]:
         """Each bucket's tokens; images are sorted, so a level is present from `starts[level]` on."""
         embedded = [
             self.embeddings[level](codes[level][start:]) + own_times[start:, level, None]
             for level, start in enumerate(starts)
         ]
+        if maps:
+            embedded = [x + places[start:] for x, places, start in zip(embedded, maps, starts, strict=False)]
         ends = [*starts[1:], len(codes[0])]
         tokens, buckets = [], []
         for last, (start, end) in enumerate(zip(starts, ends, strict=True)):

@@ -386,7 +386,7 @@ def test_training_hides_the_asked_share_of_labels_and_the_bound_hides_none() -> 
     codes = random_codes(config, images)
     prior(codes, labels, spread_times(images), torch.arange(images))
     prior.bits(codes, labels, torch.arange(images), draws=1)
-    shares = [float((seen == -1).double().mean()) for _, seen in spy.calls]
+    shares = [float((seen.labels == -1).double().mean()) for _, seen in spy.calls]
     assert shares[0] == pytest.approx(0.3, abs=0.04)
     assert shares[1] == 0
 
