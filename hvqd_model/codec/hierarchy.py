@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvqd_model.codec.codebooks import make_quantizer
 from hvqd_model.codec.decoder import Decoder
 from hvqd_model.codec.encoder import Encoder, factors, ratio, shrink, stage_cells, stage_channels
 from hvqd_model.codec.losses import pixel_loss, ssim
-from hvqd_model.codec.quantizer import CodebookStatistics, Quantized, Quantizer, make_quantizer
+from hvqd_model.codec.quantizer import CodebookStatistics, Quantized, Quantizer
 from hvqd_model.config import VQConfig
 from hvqd_model.randomness import derive_key, split_keys, uniform
 

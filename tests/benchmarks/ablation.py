@@ -13,10 +13,10 @@ from runner import Benchmark, Figures, main
 from torch import Tensor
 from trials import codebook_use, configured, mean_psnr, reconstructions, run, tokenizer_trial
 
+from hvqd_model.codec.codebooks import EMAQuantizer
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.codec.losses import ssim
 from hvqd_model.codec.perceptual import perceptual_distance
-from hvqd_model.codec.quantizer import EMAQuantizer
 from hvqd_model.config import VQConfig
 from hvqd_model.randomness import uniform
 from workflows.data.batches import ImageTable

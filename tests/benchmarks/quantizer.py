@@ -49,7 +49,7 @@ class OutOfMemoryError(RuntimeError):
 
 def our_step(codebook: Tensor, vectors: int) -> Step:
     """The project's quantizer, starting from (K, D) codes."""
-    from hvqd_model.codec.quantizer import EMAQuantizer, make_quantizer
+    from hvqd_model.codec.codebooks import EMAQuantizer, make_quantizer
 
     quantizer = make_quantizer(
         "ema", *codebook.shape, commitment=COMMITMENT, decay=DECAY, restart_threshold=RESTART_SHARE

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvqd_model.codec.quantizer import FSQQuantizer, make_quantizer, nearest_codes
+from hvqd_model.codec.codebooks import FSQQuantizer, make_quantizer
+from hvqd_model.codec.search import nearest_codes
 from hvqd_model.config import VQArchitecture, even_steps
 
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hvqd_model.codec.hierarchy import HierarchicalVQ, VQOutput
 from hvqd_model.codec.losses import pixel_loss, ssim
-from hvqd_model.codec.quantizer import merge_statistics, nearest_codes
+from hvqd_model.codec.quantizer import merge_statistics
+from hvqd_model.codec.search import nearest_codes
 from hvqd_model.config import VQConfig
 
 HIERARCHIES = ("features", "residual", "nested")

@@ -16,19 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hvqd_model.codec import quantizer as module
-from hvqd_model.codec.quantizer import (
-    CANDIDATES,
-    CodebookStatistics,
-    EMAQuantizer,
-    Quantizer,
-    kmeans,
-    make_quantizer,
-    merge_statistics,
-    nearest_codes,
-    pass_gradient,
-    rotate_gradient,
-)
+from hvqd_model.codec import search as module
+from hvqd_model.codec.codebooks import EMAQuantizer, make_quantizer
+from hvqd_model.codec.estimators import pass_gradient, rotate_gradient
+from hvqd_model.codec.quantizer import CANDIDATES, CodebookStatistics, Quantizer, merge_statistics
+from hvqd_model.codec.search import kmeans, nearest_codes
 
 Kind = Literal["ema", "gradient", "simvq"]
 KINDS: tuple[Kind, ...] = ("ema", "gradient", "simvq")
