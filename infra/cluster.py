@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from infra.errors import EnvironmentFailure, InputError
 from infra.quiet import switch_off_telemetry
@@ -77,6 +78,75 @@ def disconnect() -> None:
 
     if ray.is_initialized():
         ray.shutdown()
+
+
+def offered() -> dict[str, float]:
+    """What the connected cluster has in all: CPU, GPU, memory in bytes, …"""
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
+def available() -> dict[str, float]:
+    """What nobody uses of it now."""
+    import ray
+
+    return dict(ray.available_resources())
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A placement group: resources that a job has set aside for its workers."""
+
+    group: str
+    """Its id, hexadecimal."""
+    job: str
+    """The id of the job that made it, hexadecimal."""
+    job_is_dead: bool
+    maker_is_dead: bool
+    """Whether the process that made it is gone. Ray keeps the group until the job has ended as well, although nobody
+    can use it any more."""
+    cpus: float
+    """CPUs that it keeps from others."""
+
+
+def reservations() -> list[Reservation]:
+    """The placement groups of the connected cluster that are not removed; those meant to outlive their job left out.
+
+    Read from the cluster's own table, because Ray's State API is part of the dashboard, which takes ten processes and
+    half a minute to start on a small machine.
+    """
+    import ray
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    found = [PlacementGroupTableData.FromString(entry) for entry in table]
+    return [
+        Reservation(
+            group.placement_group_id.hex(),
+            group.creator_job_id.hex(),
+            group.creator_job_dead,
+            bool(group.creator_actor_id.strip(b"\xff")) and group.creator_actor_dead,
+            sum(bundle.unit_resources.get("CPU", 0.0) for bundle in group.bundles),
+        )
+        for group in found
+        if group.state != PlacementGroupTableData.REMOVED and not group.is_detached
+    ]
+
+
+def own_job() -> str:
+    """The id of this process's job on the connected cluster."""
+    import ray
+
+    return str(ray.get_runtime_context().get_job_id())
+
+
+def free(reservation: Reservation) -> None:
+    """Give back what a placement group keeps; nothing happens when it is gone."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(reservation.group)))
 
 
 def _check_answers(address: str) -> None:

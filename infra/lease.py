@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,16 @@ class Lease:
     store: Store
     number: int
     token: str
+    entry: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def extend(self, seconds: float) -> None:
+        """Count as alive for so long from now on; for work that lasts longer than a holder may be silent.
+
+        Raises:
+            EnvironmentFailure: somebody has overtaken this holder.
+        """
+        self.check_held()
+        self.store.write_json(_name(self.number), {**self.entry, "until": time.time() + seconds})
 
     def is_held(self) -> bool:
         """Whether nobody has overtaken this holder."""
@@ -84,7 +94,11 @@ def _try(store: Store, what: str, seconds: float) -> tuple[Lease | None, dict[st
     """The lease if it is free now, and who holds it otherwise."""
     newest = max(_numbers(store), default=0)
     holder = _read(store, newest) if newest else {"released": True}
-    if not holder.get("released") and time.time() < float(holder.get("until", 0)) and not _has_ended(holder):
+    if (
+        not holder.get("released")
+        and time.time() < float(holder.get("until", 0))
+        and not has_ended(holder.get("process"))
+    ):
         return None, holder
     token = uuid.uuid4().hex
     entry = {
@@ -92,20 +106,29 @@ def _try(store: Store, what: str, seconds: float) -> tuple[Lease | None, dict[st
         "token": token,
         "what": what,
         "who": f"{user()}@{socket.gethostname()} (process {os.getpid()})",
-        "process": _process(os.getpid()),
+        "process": process_identity(os.getpid()),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "until": time.time() + seconds,
     }
     if not store.create_bytes(_name(newest + 1), json.dumps(entry).encode()):
         return None, _read(store, newest + 1)
-    lease = Lease(store, newest + 1, token)
+    lease = Lease(store, newest + 1, token, entry)
     if lease.is_held():
         return lease, entry
     store.delete(_name(lease.number))  # a number of the past, free again because it was cleared away meanwhile
     return None, _read(store, max(_numbers(store), default=0))
 
 
-def _process(pid: int) -> list[str] | None:
+def is_free(store: Store) -> bool:
+    """Whether nobody holds the lease that lives in this folder, as far as this machine can tell."""
+    newest = max(_numbers(store), default=0)
+    holder = _read(store, newest) if newest else {"released": True}
+    return (
+        bool(holder.get("released")) or time.time() >= float(holder.get("until", 0)) or has_ended(holder.get("process"))
+    )
+
+
+def process_identity(pid: int) -> list[str] | None:
     """What no two processes share: the boot, the process namespace, the pid and when it began; None where unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -116,12 +139,15 @@ def _process(pid: int) -> list[str] | None:
     return [boot, namespace, str(pid), began]
 
 
-def _has_ended(holder: dict[str, Any]) -> bool:
-    """Whether the holder's process ran on this machine and is there no more."""
-    process, mine = holder.get("process"), _process(os.getpid())
-    if not isinstance(process, list) or mine is None or process[:2] != mine[:2]:
-        return False
-    return _process(int(process[2])) != process
+def runs_here(process: Any) -> bool:
+    """Whether a process's identity is one of this machine, since it started and as far as this process can see."""
+    mine = process_identity(os.getpid())
+    return isinstance(process, list) and mine is not None and process[:2] == mine[:2]
+
+
+def has_ended(process: Any) -> bool:
+    """Whether the process of this identity ran on this machine and is there no more."""
+    return runs_here(process) and process_identity(int(process[2])) != process
 
 
 def user() -> str:

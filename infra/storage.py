@@ -19,7 +19,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +152,8 @@ class Store:
 
     url: str
     policy: Policy = "patient"
+    elsewhere: tuple[tuple[str, str], ...] = ()
+    """(name, URL) of folders that lie elsewhere: `child` finds them there, listings and deletions leave them out."""
 
     @property
     def is_local(self) -> bool:
@@ -180,11 +182,19 @@ class Store:
 
     def child(self, *parts: str) -> Store:
         """The store of a sub-folder (which need not exist)."""
-        return Store("/".join([self.url, *(part.strip("/") for part in parts)]), self.policy)
+        names = [part.strip("/") for part in parts]
+        for name, url in self.elsewhere:
+            if names and names[0] == name:
+                return Store("/".join([url, *names[1:]]), self.policy)
+        return Store("/".join([self.url, *names]), self.policy)
+
+    def sharing(self, **folders: Store) -> Store:
+        """The same folder, with these sub-folders lying where the given stores are."""
+        return replace(self, elsewhere=tuple((name, store.url) for name, store in folders.items()))
 
     def quick(self) -> Store:
         """The same folder, asked with little patience."""
-        return Store(self.url, "quick")
+        return replace(self, policy="quick")
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """A pyarrow file system and the folder's path in it, for Ray and parquet."""

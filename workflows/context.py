@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,3 +40,5 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     run: TrackedRun | None = None
     """The step's tracked run; None records nothing."""
+    listen: Callable[[Mapping[str, float]], None] | None = None
+    """Called in the driver with every record of a training as it comes, `images` included (the search listens)."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import EnvironmentFailure
-from infra.lease import hold
+from infra.lease import hold, is_free
 from infra.storage import Store
 
 HOLDER = """
@@ -100,3 +100,28 @@ def test_a_damaged_lease_does_not_lock_everybody_out(tmp_path: Path) -> None:
     with hold(store, "next", patience_seconds=0) as lease:
         assert lease.number == 8
     assert json.loads(store.read_bytes("000000000008.json"))["released"] is True
+
+
+def test_an_extended_lease_outlives_its_first_term_and_an_overtaken_one_cannot_be_extended(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with hold(store, "first", seconds=0.0) as first:
+        first.extend(60)
+        said = r"second: first is under way"
+        with pytest.raises(EnvironmentFailure, match=said), hold(store, "second", patience_seconds=0):
+            pytest.fail("two holders")
+        first.extend(0.0)
+        with hold(store, "second", patience_seconds=0), pytest.raises(EnvironmentFailure, match="was taken over"):
+            first.extend(60)
+
+
+def test_a_lease_is_free_before_between_and_after_its_holders(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    assert is_free(store)
+    with hold(store, "first"):
+        assert not is_free(store)
+    assert is_free(store)
+    with another_holder(tmp_path) as process:
+        assert not is_free(store)
+        process.kill()
+        process.wait()
+        assert is_free(store)

@@ -197,3 +197,16 @@ def test_an_address_without_a_bucket_is_refused(url: str) -> None:
 def test_a_scheme_that_can_only_be_read_is_refused() -> None:
     with pytest.raises(InputError, match="the scheme of https:// is not supported: it can only be read\nhint: "):
         open_store("https://host/x")
+
+
+def test_a_sub_folder_that_lies_elsewhere_is_read_there_and_not_deleted_with_the_folder(tmp_path: Path) -> None:
+    base = open_store(str(tmp_path / "base"))
+    base.child("dataset", "deep").write_bytes("file", b"shared")
+    mine = open_store(str(tmp_path / "mine")).sharing(dataset=base.child("dataset"))
+    assert mine.child("dataset", "deep").read_bytes("file") == b"shared"
+    assert mine.quick().child("dataset").url == base.child("dataset").url
+    mine.child("own").write_bytes("file", b"mine")
+    assert list(mine.files()) == ["own/file"]
+    mine.delete()
+    assert base.child("dataset", "deep").read_bytes("file") == b"shared"
+    assert mine.child("data").url == f"{tmp_path}/mine/data"

@@ -136,13 +136,13 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     compute = job.config.compute
     filesystem, path = job.folder.child("ray").arrow()
     name = f"run-{uuid.uuid4().hex[:12]}"  # new each time: what counts is in our checkpoints, not in Ray's snapshot
     try:
-        TorchTrainer(
+        _trainer(own_cluster=compute.address is None)(
             work,
             train_loop_config={"job": job, "mailbox": mailbox},
             torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
@@ -163,6 +163,26 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work) -> None:
         ).fit()
     finally:
         job.folder.child("ray").delete()
+
+
+def _trainer(*, own_cluster: bool) -> Any:
+    """Ray's trainer; on a cluster of one's own without its cleaner of placement groups.
+
+    The cleaner asks the State API, which such a cluster does not have: it would be a process that never ends. Nothing
+    is left there to clean but by a search, which stops trainings hard and gives back what they held (`tuning.search`).
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    if not own_cluster:
+        return TorchTrainer
+
+    class WithoutCleaner(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    return WithoutCleaner
 
 
 @dataclass
@@ -196,6 +216,8 @@ class Desk:
         if self.context.run is not None:
             values = {name: value for name, value in record.items() if name != "images"}
             self.context.run.log_metrics(values, step=int(record["images"]))
+        if self.context.listen is not None:
+            self.context.listen(record)
 
     def _alarm(self, alarm: Alarm) -> None:
         if alarm.title in self._alarms:
