@@ -190,6 +190,12 @@ def test_a_sign_must_be_seen_twice_in_a_row() -> None:
     assert [alarm.title for alarm in heard(bad)] == ["codebook collapse, level 0"]
 
 
+def test_an_adversary_that_is_switched_off_is_said_at_once_for_it_happens_once() -> None:
+    (alarm,) = heard([*history(), {"images": 21_000, "adversary_switched_off": 1.0}])
+    assert (alarm.title, alarm.images) == ("adversary switched off", 21_000)
+    assert alarm.seen == "the validation PSNR fell more than 1 dB below the best from before it"
+
+
 def test_use_is_judged_by_what_a_window_can_show() -> None:
     # 20 pictures of 4 codes each at level 0: even use of 4,096 codes would show 80 of them at most.
     few = SETTINGS.model_copy(update={"global_batch": 20, "log_every_images": 20, "checkpoint_every_images": 20})
@@ -328,7 +334,12 @@ def test_any_stage_is_watched_for_exploding_gradients_and_the_remedy_names_its_s
 
 
 def test_every_setting_that_a_remedy_names_is_one_that_set_takes() -> None:
-    everything = {"usage_1": 0.01, "alignment_0": 9.0, "gradient_norm": float("nan")}
+    everything = {
+        "usage_1": 0.01,
+        "alignment_0": 9.0,
+        "gradient_norm": float("nan"),
+        "adversary_switched_off": 1.0,
+    }
     figures = {"val_psnr_prefix_1": 11.0, "codebook_norm_0": 50.0, "val_perplexity_1": 1.0}
     settings = [
         word.rstrip(",.")

@@ -10,7 +10,6 @@ Nothing is drawn but its first weights, which follow from the seed.
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -23,8 +22,6 @@ from workflows.config import VQTrainSettings
 from workflows.training import collectives
 from workflows.training.precision import Precision
 from workflows.training.stage import Evidence, learning_rate_at
-
-log = logging.getLogger(__name__)
 
 _BETAS = (0.5, 0.9)
 
@@ -132,13 +129,6 @@ class Adversary:
             self.best_psnr = max(self.best_psnr, psnr)
         elif not self.switched_off and not psnr >= self.best_psnr - allowed:
             self.switched_off = True
-            log.warning(
-                "the adversarial loss is switched off for good: validation PSNR is %.2f dB, over %g below the %.2f "
-                "from before; a smaller vq.train.adversarial.weight, or a later start, does less harm",
-                psnr,
-                allowed,
-                self.best_psnr,
-            )
             return {"adversary_switched_off": 1.0}
         return {}
 

@@ -12,6 +12,7 @@ exploding alignment     vectors are further from their codes, GROWTH times what 
 codebook drift          the mean norm of the codes has grown or shrunk DRIFT times since the codebook's start
 exploding gradients     the gradient's norm is GROWTH_OF_GRADIENTS times its median so far and above the clipping norm,
                         or is no number
+adversary switched off  its guard sent it away (see `adversary`); said at once, for it happens once
 
 Codebooks are looked at from SETTLING of the budget after their start, what levels hold from MATURITY of the budget
 after it: until then there is little to be seen anywhere.
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvqd_model.config import VQConfig
-from workflows.config import TrainSettings
+from workflows.config import TrainSettings, VQTrainSettings
 from workflows.training.codebook_use import window_start
 
 PATIENCE = 2
@@ -90,6 +91,7 @@ class _Sign:
     is_bad: bool
     seen: str
     remedy: str
+    patience: int = PATIENCE
 
 
 class Watch:
@@ -121,7 +123,7 @@ class Watch:
         for sign in self._signs(record):
             key = (sign.name, sign.level)
             self._streaks[key] = self._streaks.get(key, 0) + 1 if sign.is_bad else 0
-            if self._streaks[key] >= PATIENCE and key not in self._raised:
+            if self._streaks[key] >= sign.patience and key not in self._raised:
                 self._raised.add(key)
                 found.append(Alarm(sign.name, sign.level, int(record["images"]), sign.seen, sign.remedy))
         return found
@@ -136,6 +138,8 @@ class Watch:
     def _signs(self, record: Record) -> Iterator[_Sign]:
         if "gradient_norm" in record:
             yield self._gradient(record["gradient_norm"])
+        if record.get("adversary_switched_off"):
+            yield self._adversary()
         if self.model is None or self._started is None:
             return
         for level in range(self.model.levels):
@@ -171,6 +175,15 @@ class Watch:
         if self.settings.precision != "fp32":
             remedy += f", or {self.stage}.train.precision=fp32 if it is bf16 now"
         return _Sign("exploding gradients", None, is_bad, seen, remedy)
+
+    def _adversary(self) -> _Sign:
+        assert isinstance(self.settings, VQTrainSettings)
+        adversarial = self.settings.adversarial
+        seen = f"the validation PSNR fell more than {adversarial.guard_psnr_drop:g} dB below the best from before it"
+        remedy = f"vq.train.adversarial.weight={adversarial.weight / 2:g}"
+        if adversarial.start < 0.75:
+            remedy += ", or vq.train.adversarial.start=0.75"
+        return _Sign("adversary switched off", None, True, seen, remedy, patience=1)
 
     def _alignment(self, level: int, value: float) -> _Sign:
         assert self.model is not None
