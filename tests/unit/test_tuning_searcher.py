@@ -117,18 +117,24 @@ def test_tpe_learns_where_the_good_trials_are() -> None:
     assert means["tpe"] > means["random"] + 1
 
 
-def test_trials_that_were_stopped_early_or_failed_steer_tpe_away() -> None:
-    searcher = make_searcher("tpe", space(), seed=0)
-    for number in range(24):
+def test_trials_that_were_stopped_early_steer_tpe_away() -> None:
+    searcher, good = make_searcher("tpe", space(), seed=0), []
+    for number in range(40):
         drawn = searcher.propose(number)
         assert drawn is not None
-        good = len(drawn["sizes"]) == 1
-        rungs = tuple(Rung(images, {"val_psnr": 20.0 + good}) for images in ((160, 640) if good else (160,)))
-        failed = not good and number % 2
-        status = "finished" if good else "failed" if failed else "stopped"
-        searcher.tell(TrialRecord(number, drawn, {}, status, () if failed else rungs))
-    proposals = [searcher.propose(number) for number in range(24, 34)]
-    assert sum(len(drawn["sizes"]) == 1 for drawn in proposals if drawn is not None) >= 8
+        good.append(len(drawn["sizes"]) == 1)
+        curve = [Rung(160, {"val_psnr": 20.0}), Rung(640, {"val_psnr": 21.0})][: 1 + good[-1]]
+        searcher.tell(TrialRecord(number, drawn, {}, "finished" if good[-1] else "stopped", tuple(curve)))
+    assert sum(good[24:]) >= 12
+
+
+def test_a_trial_that_failed_is_not_proposed_again_and_stops_nothing() -> None:
+    searcher = make_searcher("tpe", space(**DISCRETE), seed=0)
+    found = []
+    while (drawn := searcher.propose(len(found))) is not None:
+        searcher.tell(TrialRecord(len(found), drawn, {}, "failed", error="out of memory"))
+        found.append(drawn)
+    assert len(found) == 9
 
 
 def test_tpe_seeks_the_front_of_two_metrics() -> None:
