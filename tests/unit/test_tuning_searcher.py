@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -117,15 +117,23 @@ def test_tpe_learns_where_the_good_trials_are() -> None:
     assert means["tpe"] > means["random"] + 1
 
 
-def test_trials_that_were_stopped_early_steer_tpe_away() -> None:
-    searcher, good = make_searcher("tpe", space(), seed=0), []
-    for number in range(40):
-        drawn = searcher.propose(number)
-        assert drawn is not None
-        good.append(len(drawn["sizes"]) == 1)
-        curve = [Rung(160, {"val_psnr": 20.0}), Rung(640, {"val_psnr": 21.0})][: 1 + good[-1]]
-        searcher.tell(TrialRecord(number, drawn, {}, "finished" if good[-1] else "stopped", tuple(curve)))
-    assert sum(good[24:]) >= 12
+def late_share_of_one_level(stopped: Literal["stopped", "finished"]) -> float:
+    """How many of the later proposals have one level, when those of two end after 160 images with a better figure."""
+    good = []
+    for seed in (0, 1):
+        searcher = make_searcher("tpe", space(), seed)
+        for number in range(30):
+            drawn = searcher.propose(number)
+            assert drawn is not None
+            good.append(len(drawn["sizes"]) == 1)
+            rung = Rung(640, {"val_psnr": 21.0}) if good[-1] else Rung(160, {"val_psnr": 25.0})
+            searcher.tell(TrialRecord(number, drawn, {}, "finished" if good[-1] else stopped, (rung,)))
+        del good[-30:-15]
+    return sum(good) / len(good)
+
+
+def test_a_trial_that_was_stopped_early_ranks_behind_those_that_went_further() -> None:
+    assert late_share_of_one_level("stopped") > 2 * late_share_of_one_level("finished")
 
 
 def test_a_trial_that_failed_is_not_proposed_again_and_stops_nothing() -> None:
