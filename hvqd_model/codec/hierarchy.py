@@ -266,14 +266,26 @@ class HierarchicalVQ(nn.Module):
         Raises:
             ValueError: pictures of another size, or a tokenizer whose codebooks have not started.
         """
+        return self.encode_with_latents(images)[0]
+
+    @torch.no_grad()
+    def encode_with_latents(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The codes as `encode` gives them, and the (B, h, w, D) float32 latents that they are the nearest codes of.
+
+        Raises:
+            ValueError: pictures of another size, or a tokenizer whose codebooks have not started.
+        """
         self._check_images(images)
         for level in range(self.config.levels):
             if not self.started(level):
                 raise ValueError(f"level {level} has no codebook yet\nhint: train the tokenizer further")
         if len(images) == 0:  # convolutions do not know how to
-            return tuple(torch.zeros(0, *grid, dtype=torch.int64, device=images.device) for grid in self.config.grids)
+            shapes = list(zip(self.config.grids, self.config.code_dims, strict=True))
+            none = tuple(torch.zeros(0, *grid, dtype=torch.int64, device=images.device) for grid, _ in shapes)
+            return none, tuple(torch.zeros(0, *grid, dim, device=images.device) for grid, dim in shapes)
         quantized, _ = self._walk(images, None, None, decode=False)
-        return self._grids([level.indices for level in quantized])
+        codes = self._grids([level.indices for level in quantized])
+        return codes, tuple(level.vectors.view(*found.shape, -1) for level, found in zip(quantized, codes, strict=True))
 
     @torch.no_grad()
     def decode(self, codes: Sequence[Tensor]) -> Tensor:

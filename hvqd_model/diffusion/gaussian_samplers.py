@@ -152,8 +152,7 @@ def sampling_times(
         middle = (low + high) / 2
         above = left(middle) > wanted
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    # 11 digits: level times have 12, and where a level begins or ends it must be exactly pure noise or clean.
-    return torch.cat([ends[:1], ((low + high) / 2).round(decimals=11), ends[1:]])
+    return torch.cat([ends[:1], (low + high) / 2, ends[1:]])
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,8 @@ def _walk(
 ) -> list[_Step]:
     """The steps, with times of known levels at 0."""
     times = sampling_times(settings.steps, schedule, stagger, known, by_root=settings.sampler == "heun")
-    table = level_times(times, len(known), stagger)
+    # 10 digits: the search above is good to 12, and a level must be exactly pure noise or clean when it is.
+    table = level_times(times, len(known), stagger).round(decimals=10)
     table[:, torch.tensor(known)] = 0.0
     signals, noises = schedule.rates(table)
     moments: list[float] = times.tolist()

@@ -1,7 +1,8 @@
 """The denoiser: a transformer over the tokens of all levels at once.
 
 Adaptive norms that start as the identity (adaLN-zero, arXiv:2212.09748). A token enters as a learned vector of its
-index plus a projection of its frozen codebook vector.
+index plus a projection of its frozen codebook vector. Under Gaussian noise it enters as a projection of its latent, and
+what is predicted is a latent too.
 
 Levels that are still pure noise are left out. Images with different numbers of levels run in one pass: their tokens are
 packed for the linear layers, so that each parameter is used once whatever the batch holds (ZeRO-3 relies on it), and
@@ -25,19 +26,8 @@ from hvqd_model.config import PriorConfig
 from hvqd_model.prior.attention import attend, normalize_and_turn, rotary_angles
 from hvqd_model.prior.conditioning import Conditioning
 from hvqd_model.prior.conditions import Conditions, as_conditions
-
-
-class FrozenBuffers(nn.Module):
-    """A module whose floating-point buffers stay float32 when its weights are cast."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBuffers:
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in exact.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
+from hvqd_model.prior.frozen import FrozenBuffers
+from hvqd_model.prior.latents import LatentEmbedding, LatentHead
 
 
 class TokenEmbedding(FrozenBuffers):
@@ -158,7 +148,7 @@ def _packed(layer: Callable[[Tensor], Tensor], tokens: list[Tensor]) -> list[Ten
 
 
 class Denoiser(FrozenBuffers):
-    """Logits of the clean codes at the wanted positions of every level."""
+    """Logits of the clean codes, or what is predicted of the latents, at the wanted positions of every level."""
 
     rotation: Tensor
 
@@ -168,14 +158,16 @@ class Denoiser(FrozenBuffers):
         self.sizes = [rows * columns for rows, columns in config.grids]
         width = config.width
         self.conditioning = Conditioning(config)
+        embedding = LatentEmbedding if config.noise == "gaussian" else TokenEmbedding
         self.embeddings = nn.ModuleList(
-            TokenEmbedding(codebook, size, width) for codebook, size in zip(codebooks, self.sizes, strict=True)
+            embedding(codebook, size, width) for codebook, size in zip(codebooks, self.sizes, strict=True)
         )
         hidden = round(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.heads = nn.ModuleList(
-            CodeHead(width, size, dim) for size, dim in zip(config.codebook_sizes, config.code_dims, strict=True)
+            LatentHead(width, dim) if config.noise == "gaussian" else CodeHead(width, size, dim)
+            for size, dim in zip(config.codebook_sizes, config.code_dims, strict=True)
         )
         angles = rotary_angles(config.grids, width // config.heads)
         rotation = torch.polar(torch.ones_like(angles), angles)
@@ -191,10 +183,11 @@ class Denoiser(FrozenBuffers):
         present: Tensor | None,
         rows: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        """(R, K) logits a level of `rows`.
+        """(R, K) logits a level of `rows`; under Gaussian noise (R, code_dim).
 
         Args:
-            codes: (B, N) int64 of each level in [0, K]; only the leading levels that some image has present.
+            codes: (B, N) int64 of each level in [0, K]; only the leading levels that some image has present. Under
+                Gaussian noise (B, N, code_dim) normalised latents.
             level_times: (B, L) of all levels.
             given: (B,) int64 classes, -1 for none, or all conditions.
             present: (B,) int64, how many leading levels an image has in its sequence; None for all of `codes`.
@@ -257,14 +250,22 @@ class Denoiser(FrozenBuffers):
                 flat = torch.cat([features[0].new_zeros(0, size, self.config.width), *having]).flatten(0, 1)
                 if place is not None:
                     wanted = (place[wanted // size] - start) * size + wanted % size
-                embedding = self.embeddings[level]
-                assert isinstance(embedding, TokenEmbedding)
-                vectors = embedding.codebook * (embedding.scale * embedding.codebook.shape[1] ** -0.5)
-                logits.append(self.heads[level](flat[wanted], vectors))
+                logits.append(self._predicted(level, flat[wanted]))
             else:
-                logits.append(features[0].new_zeros(0, self.config.codebook_sizes[level]))
+                sizes = self.config.code_dims if self.config.noise == "gaussian" else self.config.codebook_sizes
+                logits.append(features[0].new_zeros(0, sizes[level]))
             first += size
         return logits
+
+    def _predicted(self, level: int, features: Tensor) -> Tensor:
+        """(R, K) logits, or (R, code_dim), from (R, D) features."""
+        embedding, head = self.embeddings[level], self.heads[level]
+        if isinstance(embedding, TokenEmbedding):
+            vectors = embedding.codebook * (embedding.scale * embedding.codebook.shape[1] ** -0.5)
+            logits: Tensor = head(features, vectors)
+            return logits
+        predicted: Tensor = head(features)
+        return predicted
 
 
 def _sort_by_presence(present: Tensor | None, levels: int) -> tuple[Tensor | None, list[int]]:

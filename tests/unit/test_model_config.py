@@ -7,7 +7,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from hvqd_model.config import PriorArchitecture, PriorConfig, Settings, VQArchitecture, VQConfig
+from hvqd_model.config import GaussianNoise, PriorArchitecture, PriorConfig, Settings, VQArchitecture, VQConfig
 
 FITTING = {"grids": ((2, 2), (4, 4)), "codebook_sizes": (8, 8), "code_dim": 4}
 
@@ -142,6 +142,18 @@ REFUSED: list[tuple[type[Settings], dict[str, object], str]] = [
         "loss=simplified is the bound of absorbing noise only\nhint: set noise=absorbing, or loss=kl",
     ),
     (
+        GaussianNoise,
+        {"zero_terminal_snr": True, "prediction": "epsilon"},
+        "prediction must be v or x0 with zero_terminal_snr, because pure noise says nothing of the picture: epsilon\n"
+        "hint: prediction=v",
+    ),
+    (
+        GaussianNoise,
+        {"zero_terminal_snr": True, "schedule": "edm"},
+        "zero_terminal_snr must be false with schedule=edm, which has a highest noise level of its own: true\n"
+        "hint: zero_terminal_snr=false, or schedule=cosine",
+    ),
+    (
         PriorConfig,
         FITTING | {"codebook_sizes": (8,)},
         "grids and codebook_sizes must have one entry a level: 2 and 1\n"
@@ -176,6 +188,7 @@ def test_what_a_hint_proposes_is_accepted() -> None:
     assert PriorArchitecture(width=96).width == 96
     assert PriorArchitecture(width=64, heads=16).heads == 16
     assert PriorArchitecture(noise="mask-and-replace", loss="kl").loss == "kl"
+    assert GaussianNoise(zero_terminal_snr=True, prediction="v").schedule == "cosine"
 
 
 BOUNDS: list[tuple[type[Settings], str, float, str]] = [
@@ -189,6 +202,7 @@ BOUNDS: list[tuple[type[Settings], str, float, str]] = [
     (VQArchitecture, "width", 10, "a multiple of 4"),
     (VQArchitecture, "blocks", 0, "greater than or equal to 1"),
     (VQArchitecture, "ssim_weight", -1, "greater than or equal to 0"),
+    (GaussianNoise, "min_snr_gamma", 0, "greater than 0"),
     (PriorArchitecture, "uniform_share", 1.1, "less than or equal to 1"),
     (PriorArchitecture, "stagger", -0.1, "greater than or equal to 0"),
     (PriorArchitecture, "context_corruption", 1, "less than 1"),
@@ -216,7 +230,9 @@ def test_numbers_out_of_bounds_are_refused(kind: type[Settings], name: str, valu
         (VQArchitecture, "quantizer", "'ema', 'gradient', 'simvq' or 'fsq'"),
         (VQArchitecture, "estimator", "'straight-through' or 'rotation'"),
         (VQArchitecture, "pixel_loss", "'l1', 'l2' or 'l1+l2'"),
-        (PriorArchitecture, "noise", "'absorbing' or 'mask-and-replace'"),
+        (PriorArchitecture, "noise", "'absorbing', 'mask-and-replace' or 'gaussian'"),
+        (GaussianNoise, "schedule", "'linear', 'scaled-linear', 'cosine', 'sigmoid' or 'edm'"),
+        (GaussianNoise, "prediction", "'epsilon', 'x0' or 'v'"),
         (PriorArchitecture, "schedule", "'linear' or 'cosine'"),
         (PriorArchitecture, "loss", "'simplified' or 'kl'"),
     ],
@@ -251,8 +267,8 @@ def test_a_configuration_survives_a_round_trip_through_json(config: VQConfig | P
 
 def test_every_setting_is_documented() -> None:
     documented = 0
-    for kind in (VQConfig, PriorConfig):
+    for kind in (VQConfig, PriorConfig, GaussianNoise):
         for name, field in kind.model_fields.items():
             assert field.description, f"{kind.__name__}.{name}"
             documented += 1
-    assert documented == 20 + 19
+    assert documented == 20 + 26 + 4
