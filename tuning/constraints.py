@@ -137,7 +137,9 @@ class Expression:
                 raise InputError(f"{self.where}: no such function: {name} in {self.text}\nhint: {hint}")
             case _:
                 pass
-        raise InputError(f"{self.where}: {ast.unparse(node)} is not allowed in {self.text}\nhint: allowed are {_ALLOWED}")
+        raise InputError(
+            f"{self.where}: {ast.unparse(node)} is not allowed in {self.text}\nhint: allowed are {_ALLOWED}"
+        )
 
     def evaluate(self, lookup: Lookup) -> Any:
         """What it is worth.

@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from pydantic import ValidationError
 
 from infra.errors import InputError
+from tuning.groups import Base
 from tuning.parameters import Parameter
-from tuning.space import Base, SearchSpace
+from tuning.space import SearchSpace
 from workflows.loading import explain, load_config
 
 SPACES = Path(__file__).parent / "spaces"
+_TRIED_DRAWS = 32
 _HINT = "`hvqd tune show vq --yaml` prints a space to edit"
 
 
@@ -92,7 +95,12 @@ def space_from(
         raise InputError(f"{where}: parameters must be a group of names, not {given!r}\nhint: {_HINT}")
     parameters = {name: _read(Parameter, value, f"{where}: parameters.{name}") for name, value in given.items()}
     whole = {**values, "base": base, "parameters": parameters, "resolved_base": resolved}
-    return _read(SearchSpace, whole, where)
+    space: SearchSpace = _read(SearchSpace, whole, where)
+    generator = np.random.default_rng(0)
+    for _ in range(_TRIED_DRAWS):
+        space.settings(space.draw_any(generator))  # parameters that set one key show here
+    space.draw(generator, memory=None)
+    return space
 
 
 def _read(model: type[Any], value: Any, where: str) -> Any:

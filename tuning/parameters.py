@@ -32,7 +32,9 @@ class Suggester(Protocol):
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """A whole number of [low, high]."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         """A real number of [low, high]."""
 
 
@@ -102,7 +104,9 @@ class Parameter(Settings):
         if low > high or (low == high and not whole):
             raise ValueError(f"{kind} must rise, [low, high]: {shown}\nhint: {kind}: {json.dumps([high, low])}")
         if kind.startswith("log_") and low <= 0:
-            raise ValueError(f"{kind} must begin above 0: {shown}\nhint: for example {_example(kind)}, or a linear range")
+            raise ValueError(
+                f"{kind} must begin above 0: {shown}\nhint: for example {_example(kind)}, or a linear range"
+            )
 
     def count(self) -> int | None:
         """How many values an entry can have; None for real numbers."""
@@ -179,7 +183,9 @@ class RandomSuggester:
         found = math.exp(self._generator.uniform(math.log(low - 0.5), math.log(high + 0.5)))
         return min(max(round(found), low), high)
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         """Evenly spread, over the logarithm if asked."""
         if log:
             return float(min(max(math.exp(self._generator.uniform(math.log(low), math.log(high))), low), high))
@@ -205,7 +211,9 @@ class FixedSuggester:
         """The one of before."""
         return int(self._value(name))
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         """The one of before."""
         return float(self._value(name))
 
@@ -233,7 +241,9 @@ class _GridSuggester:
         values = sorted({round(value) for value in np.geomspace(low, high, self._points)})
         return values[self._place(len(values))]
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         space: Any = np.geomspace if log else np.linspace
         return float(space(low, high, self._points)[self._place(self._points)])
 
@@ -254,4 +264,3 @@ def enumerate_grid(walk: Callable[[Suggester], Any], points: int = _GRID_POINTS)
         if not path:
             return
         path[-1] += 1
-

@@ -1,23 +1,26 @@
 """What a configuration costs, worked out before anything runs: tokens, bits, parameters and memory.
 
-These are the derived quantities of a space's constraints and metrics; memory is an estimate, the rest is exact.
+These are the derived quantities of a space's constraints and metrics; memory is the planner's estimate, the rest exact.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.config import PriorArchitecture, PriorConfig, VQConfig
 from hvqd_model.prior.prior import HierarchicalPrior
-from tuning.reported import Job
-from workflows.config import RunConfig, TrainSettings
+from tuning.reported import Job, StageName
+from workflows.config import RunConfig, TrainSettings, VQTrainSettings
 
 MEANINGS = {
     "levels": "levels of codes",
@@ -28,7 +31,6 @@ MEANINGS = {
     "parameters_millions": "trained numbers of the larger model that the job trains, in millions",
     "memory_gib": "estimated memory of one worker, in GiB",
 }
-_GIB = 2**30
 MemoryEstimate = Callable[[RunConfig, Job], float]
 """GiB of one worker while it trains."""
 
@@ -40,9 +42,15 @@ class Quantities:
     config: RunConfig
     job: Job
     memory: MemoryEstimate
+    _known: dict[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         """One of `MEANINGS`."""
+        if name not in self._known:
+            self._known[name] = self._work_out(name)
+        return self._known[name]
+
+    def _work_out(self, name: str) -> float:
         vq = self.config.vq_config
         match name:
             case "levels":
@@ -62,87 +70,109 @@ class Quantities:
         raise KeyError(name)
 
 
-def stages(job: Job) -> tuple[Any, ...]:
+def stages(job: Job) -> tuple[StageName, ...]:
     """The trainings of a job."""
-    return ("vq", "prior") if job == "joint" else (job,)
+    match job:
+        case "vq" | "prior":
+            return (job,)
+        case "joint":
+            return ("vq", "prior")
+    raise ValueError(f"no such job: {job}")
 
 
 def bits(vq: VQConfig) -> float:
     """Bits of an image's codes as they are: log2 of the codebook size for each code."""
-    return sum(rows * columns * math.log2(size) for (rows, columns), size in zip(vq.grids, vq.codebook_sizes, strict=True))
+    return sum(
+        rows * columns * math.log2(size) for (rows, columns), size in zip(vq.grids, vq.codebook_sizes, strict=True)
+    )
 
 
-def parameters(config: RunConfig, stage: str) -> int:
+def parameters(config: RunConfig, stage: StageName) -> int:
     """Trained numbers of a stage's model."""
-    return _vq_parameters(config.vq_config) if stage == "vq" else _prior_parameters(config.vq_config, config.prior.model)
+    vq = config.vq_config
+    return _vq_parameters(vq) if stage == "vq" else _prior_parameters(vq, config.prior.model)
 
 
 @functools.lru_cache(maxsize=1024)
 def _vq_parameters(vq: VQConfig) -> int:
-    with torch.device("meta"):  # nothing is allocated
+    with _weightless():
         return _count(HierarchicalVQ(vq))
 
 
 @functools.lru_cache(maxsize=1024)
 def _prior_parameters(vq: VQConfig, architecture: PriorArchitecture) -> int:
-    with torch.device("meta"):
-        codebooks = [torch.empty(size, dim) for size, dim in zip(vq.codebook_sizes, vq.code_dims, strict=True)]
-        config = PriorConfig(
-            **architecture.model_dump(),
-            grids=vq.grids,
-            codebook_sizes=vq.codebook_sizes,
-            code_dim=vq.code_dims,
-        )
-        return _count(HierarchicalPrior(config, codebooks))
+    config = PriorConfig(
+        **architecture.model_dump(), grids=vq.grids, codebook_sizes=vq.codebook_sizes, code_dim=vq.code_dims
+    )
+    with _weightless():
+        return _count(HierarchicalPrior(config))
 
 
-def _count(model: torch.nn.Module) -> int:
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Modules built inside have parameters without memory.
+
+    Not `torch.device("meta")`: that takes small computations along, and some of those load half of torch's compiler.
+    """
+
+    def without_memory(module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        return None if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+
+    hook = register_module_parameter_registration_hook(without_memory)
+    try:
+        with _NoNoise():
+            yield
+    finally:
+        hook.remove()
+
+
+class _NoNoise(TorchFunctionMode):
+    """Leaves out what fills weights with normal noise: without memory it means nothing, and loads torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def estimate_memory(config: RunConfig, job: Job) -> float:
-    """GiB of one worker while it trains: model states by ZeRO stage, and activations. It leaves the libraries out.
-
-    Model states are 16 bytes a parameter (weights and gradient, AdamW's two moments and its fp32 copy), of which ZeRO
-    shards 0, 8 to 12, or all (Rajbhandari et al., arXiv:1910.02054, section 5). Activations are the larger maps that
-    backward needs; good to a factor of about two.
-    """
-    return max(_stage_memory(config, stage) for stage in stages(job))
+    """GiB of one worker while it trains, by the planner: states by ZeRO stage, activations as a walk finds them."""
+    return max(_stage_memory(_bare(config, stage).model_dump_json(), stage) for stage in stages(job))
 
 
-def _stage_memory(config: RunConfig, stage: str) -> float:
-    train: TrainSettings = config.vq.train if stage == "vq" else config.prior.train
-    count, workers = parameters(config, stage), config.compute.workers
-    sharded = {0: 0, 1: 8, 2: 12, 3: 16}[train.zero_stage]
-    states = count * (16 - sharded + sharded / workers)
-    number = 2 if train.precision == "bf16" else 4
-    activations = _vq_activations(config) if stage == "vq" else _prior_activations(config)
-    return (states + train.micro_batch * activations * number) / _GIB
+def _bare(config: RunConfig, stage: StageName) -> RunConfig:
+    """The configuration without all that a step's memory does not depend on, so that alike trials are one case."""
+    kept = {"micro_batch", "zero_stage", "offload_optimizer", "precision", "ema_half_life_images"}
+    kept |= {"global_batch", "adversarial", "perceptual_weight"}
+    plain = RunConfig()
+    mine: VQTrainSettings | TrainSettings = config.vq.train if stage == "vq" else config.prior.train
+    default: VQTrainSettings | TrainSettings = plain.vq.train if stage == "vq" else plain.prior.train
+    train = default.model_copy(update={name: getattr(mine, name) for name in kept if hasattr(mine, name)})
+    parts: dict[str, Any] = {"data": plain.data.model_copy(update={"image_size": config.data.image_size})}
+    parts |= {"compute": config.compute.model_copy(update={"address": None})}
+    parts["vq"] = config.vq.model_copy(update={"train": train if stage == "vq" else plain.vq.train})
+    parts["prior"] = config.prior.model_copy(update={"train": train}) if stage == "prior" else plain.prior
+    return plain.model_copy(update=parts)
 
 
-def _vq_activations(config: RunConfig) -> float:
-    """Numbers kept for an image's backward: about ten maps a residual block, twice (encoder and decoder)."""
-    vq = config.vq_config
-    height, width = vq.padded_size
-    total, stage = 0.0, 0
-    while height * width > 0 and stage <= len(vq.width_multipliers) + 8:
-        multiplier = vq.width_multipliers[min(stage, len(vq.width_multipliers) - 1)]
-        total += 2 * 10 * vq.blocks * vq.width * multiplier * (height // 2) * (width // 2)
-        height, width, stage = height // 2, width // 2, stage + 1
-        if height < vq.grids[0][0] or width < vq.grids[0][1]:
-            break
-    return total
+@functools.cache
+def _stage_memory(config_json: str, stage: StageName) -> float:
+    from workflows.model_walk import Pictures, stage_footprint
+    from workflows.planner import GIB, machine_for, plan_stage
+    from workflows.prices import read_prices
 
-
-def _prior_activations(config: RunConfig) -> float:
-    """Numbers kept for an image's backward: about 16 + 2 x mlp_ratio vectors a block, attention weights, and logits."""
-    model, vq = config.prior.model, config.vq_config
-    block = vq.tokens * model.width * (16 + 2 * model.mlp_ratio) + model.heads * vq.tokens**2
-    logits = sum(rows * columns * size for (rows, columns), size in zip(vq.grids, vq.codebook_sizes, strict=True))
-    depth = 1 if model.activation_checkpointing else model.depth
-    return depth * block + (model.depth * vq.tokens * model.width if model.activation_checkpointing else 0) + 3 * logits
+    config = RunConfig.model_validate_json(config_json)
+    machine = machine_for(config, read_prices(), None, 1.0)
+    walked = stage_footprint(config, stage, Pictures.of(config))
+    return plan_stage(config, stage, walked, machine).memory.total / GIB + machine.device.reserved_gib
 
 
 def explain(names: Mapping[str, Any]) -> str:
     """Name = value, for a message."""
-    return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in names.items())
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in names.items()}
+    return ", ".join(f"{name}={text}" for name, text in shown.items())

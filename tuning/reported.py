@@ -13,6 +13,7 @@ from typing import Literal
 from infra.errors import InputError
 
 Job = Literal["vq", "prior", "joint"]
+StageName = Literal["vq", "prior"]
 
 _VQ = {
     "val_psnr": "PSNR of validation pictures, all levels, in dB",
@@ -47,6 +48,6 @@ def check_reported(job: Job, name: str, where: str) -> None:
     known = REPORTED[job]
     if any(re.fullmatch(re.sub(r"N$", r"\\d+", pattern), name) for pattern in known):
         return
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     hint = f"did you mean {close[0]}?" if close else f"it reports {', '.join(known)}"
     raise InputError(f"{where}: job {job} does not report {name}\nhint: {hint}")

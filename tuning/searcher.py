@@ -92,7 +92,7 @@ class _Tried:
                 self.space.check(drawn)
             except Refusal as refusal:
                 self.refused[refusal.reason] += 1
-                impossible += 1
+                impossible += refusal.weight
                 if impossible >= MOST_DRAWS:
                     named = "; ".join(f"{reason} ({count} times)" for reason, count in self.refused.most_common(3))
                     raise InputError(

@@ -1,16 +1,15 @@
-"""A search space: which settings are varied and how, what no trial may violate, what is sought, and for how many images.
+"""A search space: which settings are varied and how, what no trial may violate, what is sought, and for how long.
 
-It is a YAML file over the dotted keys of the configuration (`tuning/spaces/*.yaml` are ready ones). A *draw* is what the
-search sees, parameter -> value; `settings` turns it into dotted configuration keys, `configuration` into the resolved
-configuration of one trial, and `check` refuses what is impossible before it costs anything.
+It is a YAML file over the dotted keys of the configuration (`tuning/spaces/*.yaml` are ready ones). A *draw* is what
+the search sees, parameter -> value; `settings` turns it into dotted configuration keys, `configuration` into the
+resolved configuration of one trial, and `check` refuses what is impossible before it costs anything.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, Self
@@ -22,74 +21,33 @@ from pydantic import Field, model_validator
 from hvqd_model.config import Settings
 from infra.errors import InputError
 from tuning.constraints import Expression, NotDrawn
+from tuning.groups import Base, Budget, Metric, check_key, check_metrics, check_names, nearest
 from tuning.parameters import FixedSuggester, Parameter, RandomSuggester, Scalar, Suggester, enumerate_grid
 from tuning.quantities import MEANINGS, MemoryEstimate, Quantities, estimate_memory, explain
-from tuning.reported import Job, check_reported
+from tuning.reported import Job
 from workflows.config import RunConfig
 from workflows.loading import config_from, dotted_keys
 
 Drawn = dict[str, Any]
 MOST_DRAWS = 1_000
 """Draws after which a space counts as one that nothing satisfies."""
-_FIXED = ("root", "tracking.", "compute.address")
-"""Keys that a sweep sets itself."""
+_PLANNED_WEIGHT = 40
+"""Of a draw that the planner refused."""
 
 
-class Refusal(InputError):
+class Refusal(InputError):  # noqa: N818 - it names what the space does
     """A draw that is no trial: its configuration is impossible, or a constraint forbids it."""
 
-    def __init__(self, message: str, reason: str) -> None:
+    def __init__(self, message: str, reason: str, weight: int = 1) -> None:
         super().__init__(message)
         self.reason = reason
         """The constraint's text, or what the configuration said without this draw's values."""
-
-
-class Base(Settings):
-    """What every trial has in common."""
-
-    preset: str | None = "tiny"
-    """A preset's name."""
-    config: str | None = None
-    """A YAML file with settings, over the preset."""
-    set: dict[str, Any] = {}
-    """Dotted key -> value, over both."""
-
-
-class Metric(Settings):
-    """One figure that is sought; the first of a space steers early stopping."""
-
-    name: str = Field(min_length=1)
-    """Of a figure that the job reports, or of its own with an expression."""
-    direction: Literal["min", "max"] = "min"
-    """Whether smaller or larger is better."""
-    expression: str | None = None
-    """Over reported figures, derived quantities and dotted configuration keys."""
-
-
-class Budget(Settings):
-    """How much a sweep may cost."""
-
-    trials: int = Field(12, ge=1)
-    """Configurations to try."""
-    images: int | None = Field(None, ge=1)
-    """Images of a whole trial; null: those of the base."""
-    min_images: int | None = Field(None, ge=1)
-    """Images before a trial can be stopped; null: the whole over the reduction factor squared."""
-    reduction_factor: int = Field(2, ge=2)
-    """One in so many trials goes on at each rung, for so many times the images."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.images is not None and self.min_images is not None and self.min_images > self.images:
-            raise ValueError(
-                f"min_images must be at most images ({self.images}): {self.min_images}\n"
-                f"hint: min_images={max(1, self.images // self.reduction_factor**2)}"
-            )
-        return self
+        self.weight = weight
+        """How many of `MOST_DRAWS` it counts for: what the planner had to walk through took seconds."""
 
 
 class SearchSpace(Settings):
-    """The space as read, checked against the configuration; `tuning.spaces.load_space` makes one."""
+    """The space as read, checked against the configuration; `tuning.loading.load_space` makes one."""
 
     name: str = Field(pattern=r"^[\w-]+$")
     """Letters, digits, _ and -."""
@@ -101,7 +59,7 @@ class SearchSpace(Settings):
     """What a trial trains: vq, prior, or joint (a tokenizer and then a prior on it)."""
     parameters: dict[str, Parameter]
     """A dotted configuration key, or a name of its own (with `key`, or to steer others) -> what it can be."""
-    computed: dict[str, str] = {}
+    computed: dict[str, str] = Field({})
     """Dotted configuration key -> expression over the parameters."""
     constraints: tuple[str, ...] = ()
     """Expressions that must hold; one over a parameter that does not apply holds."""
@@ -117,18 +75,20 @@ class SearchSpace(Settings):
         if not self.parameters:
             raise ValueError("parameters must name at least one: none\nhint: `hvqd tune show vq` shows a space")
         if not self.metrics:
-            raise ValueError("metrics must name at least one: none\nhint: for example [{name: val_psnr, direction: max}]")
+            raise ValueError(
+                "metrics must name at least one: none\nhint: for example [{name: val_psnr, direction: max}]"
+            )
         keys = dotted_keys()
         for name, parameter in self.parameters.items():
             if parameter.key is not None or "." in name:
-                _check_key(parameter.key or name, keys, f"parameters.{name}")
+                check_key(parameter.key or name, keys, f"parameters.{name}")
         for key in (*self.computed, *self.base.set):
-            _check_key(key, keys, "computed" if key in self.computed else "base.set")
+            check_key(key, keys, "computed" if key in self.computed else "base.set")
         self._check_budgeted()
         _ = self._order
         for expression in (*self._computed.values(), *self._constraints):
-            self._check_names(expression, [*self.parameters, *MEANINGS, *keys])
-        self._check_metrics(keys)
+            check_names(expression, [*self.parameters, *MEANINGS, *keys])
+        check_metrics(self.metrics, self.job, keys)
         return self
 
     # ---- what was read ----
@@ -186,26 +146,28 @@ class SearchSpace(Settings):
         """A random draw, possible or not."""
         return self.suggest(RandomSuggester(generator))
 
-    def draw(self, generator: np.random.Generator, memory: MemoryEstimate = estimate_memory) -> Drawn:
+    def draw(self, generator: np.random.Generator, memory: MemoryEstimate | None = estimate_memory) -> Drawn:
         """A random draw that `check` agrees with.
 
         Raises:
-            InputError: none of `MOST_DRAWS` draws was possible; says what refused how many.
+            InputError: nothing is possible among `MOST_DRAWS` draws; says what refused how many.
         """
         reasons: Counter[str] = Counter()
-        for _ in range(MOST_DRAWS):
+        weight = 0
+        while weight < MOST_DRAWS:
             drawn = self.draw_any(generator)
             try:
                 self.check(drawn, memory)
             except Refusal as refusal:
                 reasons[refusal.reason] += 1
-                last = refusal
+                weight += refusal.weight
+                last = str(refusal).splitlines()[0]
             else:
                 return drawn
         named = "; ".join(f"{reason} ({count} times)" for reason, count in reasons.most_common(3))
         raise InputError(
-            f"space {self.name}: none of {MOST_DRAWS} draws is possible: {named}\n"
-            f"hint: widen the parameters or relax the constraint; the last one was {str(last).splitlines()[0]}"
+            f"space {self.name}: none of {reasons.total():,} draws is possible: {named}\n"
+            f"hint: widen the parameters or relax the constraint; of the last one: {last}"
         )
 
     def grid(self, points: int = 3) -> Iterator[Drawn]:
@@ -230,7 +192,7 @@ class SearchSpace(Settings):
         found: dict[str, Scalar] = {}
         for name, value in drawn.items():
             if name not in self.parameters:
-                raise InputError(f"space {self.name} has no parameter {name}\n{_nearest(name, self.parameters)}")
+                raise InputError(f"space {self.name} has no parameter {name}\n{nearest(name, self.parameters)}")
             parameter = self.parameters[name]
             try:
                 if parameter.length is None:
@@ -324,21 +286,26 @@ class SearchSpace(Settings):
             first = str(error).splitlines()[0]
             raise Refusal(str(error), first.rpartition(": ")[0] or first) from error
 
-    def check(self, drawn: Drawn, memory: MemoryEstimate = estimate_memory) -> RunConfig:
+    def check(self, drawn: Drawn, memory: MemoryEstimate | None = estimate_memory) -> RunConfig:
         """The trial's resolved configuration, if nothing speaks against it.
+
+        Args:
+            memory: how memory_gib is estimated; None leaves out the constraints that ask for it.
 
         Raises:
             Refusal: the configuration refuses the values, or a constraint does not hold.
         """
         config = self.configuration(drawn)
-        quantities = Quantities(config, self.job, memory)
+        quantities = Quantities(config, self.job, memory or estimate_memory)
 
         def lookup(name: str) -> Any:
             if name in self.parameters:
                 return _drawn_value(drawn, name)
             return quantities[name] if name in MEANINGS else value_at(config, name)
 
-        for constraint in self._constraints:
+        for constraint in sorted(self._constraints, key=_is_slow):
+            if memory is None and _is_slow(constraint):
+                continue
             try:
                 holds = constraint.evaluate(lookup)
             except NotDrawn:
@@ -349,6 +316,7 @@ class SearchSpace(Settings):
                     f"the constraint {constraint.text} does not hold: {known}\n"
                     "hint: draw again, or relax the constraint",
                     constraint.text,
+                    _PLANNED_WEIGHT if _is_slow(constraint) else 1,
                 )
         return config
 
@@ -386,7 +354,7 @@ class SearchSpace(Settings):
             asked[name] = set()
             for expression in (self._whens.get(name), self._lengths.get(name)):
                 if expression is not None:
-                    self._check_names(expression, self.parameters)
+                    check_names(expression, self.parameters)
                     asked[name] |= expression.names
         found: list[str] = []
         while len(found) < len(self.parameters):
@@ -445,16 +413,15 @@ class SearchSpace(Settings):
             ) from missing
         count = len(value) if isinstance(value, list) else value
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise InputError(f"{expression.where} must be a count of at least 1, or a list: {value!r}\nhint: {expression.text}")
+            raise InputError(
+                f"{expression.where} must be a count of at least 1, or a list: {value!r}\nhint: {expression.text}"
+            )
         return count
 
-    def _check_names(self, expression: Expression, allowed: Sequence[str] | Mapping[str, Any]) -> None:
-        for name in sorted(expression.names):
-            if name not in allowed:
-                raise InputError(f"{expression.where}: unknown name: {name}\n{_nearest(name, allowed)}")
-
     def _check_budgeted(self) -> None:
-        budgeted = {f"{self.stage}.train.{key}" for key in ("images", "evaluate_every_images", "checkpoint_every_images")}
+        budgeted = {
+            f"{self.stage}.train.{key}" for key in ("images", "evaluate_every_images", "checkpoint_every_images")
+        }
         for name in self.parameters:
             if self.key_of(name) in budgeted:
                 raise ValueError(
@@ -463,17 +430,13 @@ class SearchSpace(Settings):
                 )
         for key in self.computed:
             if key in budgeted or key in {self.key_of(name) for name in self.parameters}:
-                raise ValueError(f"computed must not set what a parameter or the budget sets: {key}\nhint: leave one out")
+                raise ValueError(
+                    f"computed must not set what a parameter or the budget sets: {key}\nhint: leave one out"
+                )
 
-    def _check_metrics(self, keys: Sequence[str]) -> None:
-        for metric in self.metrics:
-            if metric.expression is None:
-                check_reported(self.job, metric.name, "metrics")
-                continue
-            expression = Expression(metric.expression, f"metric {metric.name}")
-            for name in sorted(expression.names):
-                if name not in MEANINGS and name not in keys:
-                    check_reported(self.job, name, expression.where)
+
+def _is_slow(constraint: Expression) -> bool:
+    return "memory_gib" in constraint.names
 
 
 def value_at(config: RunConfig, key: str) -> Any:
@@ -500,20 +463,3 @@ def _shown(lookup: Any, name: str) -> Any:
 def _as_yaml(value: Any) -> str:
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("...\n").strip()
-
-
-def _check_key(key: str, keys: Sequence[str], where: str) -> None:
-    if key not in keys:
-        raise InputError(f"{where}: unknown key: {key}\n{_nearest(key, keys)}")
-    if key.startswith(_FIXED):
-        raise InputError(f"{where}: a sweep sets {key} itself\nhint: give it to `hvqd tune`, as --root or --set")
-
-
-def _nearest(name: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
-    """A hint that names the most alike, by the whole name or by its last part."""
-    by_last: dict[str, str] = {}
-    for option in allowed:
-        by_last.setdefault(option.rpartition(".")[2], option)
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    close = close or [by_last[found] for found in difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1)]
-    return f"hint: did you mean {close[0]}?" if close else "hint: `hvqd config show` documents every key"
