@@ -6,6 +6,9 @@ The science (`hvqd_model`) raises plain ValueError of the same form; the front d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad usage, input or configuration: exit status 2."""
@@ -17,3 +20,14 @@ class EnvironmentFailure(RuntimeError):  # noqa: N818 - it names what failed, th
 
 class GateRefusal(RuntimeError):  # noqa: N818
     """A promotion gate refused: exit status 3."""
+
+    def __init__(self, message: str, facts: Mapping[str, Any] | None = None, shown: str = "") -> None:
+        """Keep what every gate said.
+
+        Args:
+            facts: for programs, printed with `--json`.
+            shown: for people, printed before the message.
+        """
+        super().__init__(message)
+        self.facts = dict(facts or {})
+        self.shown = shown

@@ -12,6 +12,7 @@ from infra.errors import InputError
 from infra.secrets import mask
 from infra.tracking import client, explained
 
+_MOST_VERSIONS = 10_000
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
@@ -133,13 +134,29 @@ class Registry:
         """
         return str(self._version(model, version).source)
 
+    def sources(self) -> list[tuple[tuple[str, str], str]]:
+        """((model, version), URL of its files) of every version of every model."""
+        with explained(self.uri):
+            found = self.client.search_model_versions(max_results=_MOST_VERSIONS)
+        return [((str(entry.name), str(entry.version)), str(entry.source)) for entry in found]
+
+    def delete(self, model: str, version: str) -> None:
+        """Remove a version; its files are left alone."""
+        with explained(self.uri):
+            self.client.delete_model_version(model, version)
+
     def download(self, model: str, version: str, target: Path) -> Path:
         """A version's files in a local folder."""
+        return self.download_from(self.source(model, version), target)
+
+    def download_from(self, source: str, target: Path) -> Path:
+        """The files of a folder of this registry's artifacts in a local folder, which is made."""
         import mlflow.artifacts
 
+        target.mkdir(parents=True, exist_ok=True)
         with explained(self.uri):
             found = mlflow.artifacts.download_artifacts(
-                artifact_uri=self.source(model, version), dst_path=str(target), tracking_uri=self.uri
+                artifact_uri=source, dst_path=str(target), tracking_uri=self.uri
             )
         return Path(found)
 

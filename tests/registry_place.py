@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import random
@@ -14,24 +15,32 @@ from infra.errors import GateRefusal, InputError
 from infra.models import Registry
 from infra.storage import open_store
 from infra.tracking import Tracker
+from workflows.bundle import DESCRIPTION, DIGESTS, bundle_digest
 from workflows.config import RunConfig
 from workflows.context import Context, Silent
 from workflows.pipeline import tracker_for
 from workflows.promotion import champions, promote, promoter_for, rollback
-from workflows.registry import parts_tag
+from workflows.registry import BUNDLE_TAG, parts_tag
 from workflows.versions import history
 
 GOOD = {
     "psnr": 25.0, "usage_0": 1.0, "kid_samples": 1.0, "kid_untrained": 9.0, "kid_marginals": 8.0,
     "class_accuracy_samples": 0.5, "class_shuffled_samples": 0.1,
+    "coverage_samples": 0.5, "coverage_reconstructions": 0.8,
+    "nearest_train_samples": 40.0, "nearest_train_heldout": 34.0,
 }  # fmt: skip
+WITHOUT_FILES = {
+    "bundle_integrity": False, "lineage_complete": False, "smoke_test": False,
+    "max_latency_seconds": None, "max_memory_gib": None,
+}  # fmt: skip
+"""Gates for versions that have no models."""
 
 
 class Place:
     """A root with an sqlite registry, and versions in it that have figures but no models."""
 
     def __init__(self, root: Path, **settings: object) -> None:
-        self.config = RunConfig.model_validate({"root": str(root), **settings})
+        self.config = RunConfig.model_validate({"root": str(root), "gates": WITHOUT_FILES, **settings})
         self.context = Context(self.config, open_store(str(root)), Silent(), None)
         self.tracker: Tracker = tracker_for(self.config, self.context.root)
         self.registry = Registry(self.tracker.uri)
@@ -42,11 +51,26 @@ class Place:
         folder = self.context.root.path / f"files-{time.monotonic_ns()}"
         folder.mkdir(parents=True)
         (folder / "MLmodel").write_text("flavors: {}\n")
+        bundle = folder / "artifacts" / "bundle"
+        bundle.mkdir(parents=True)
+        for name in ("vq", "prior"):
+            (bundle / name).mkdir()
+            (bundle / name / "config.json").write_text("{}")
+        (bundle / DESCRIPTION).write_text('{"sampling": {}}')
+        weights = f"weights {time.monotonic_ns()}".encode()
+        (bundle / "weights").write_bytes(weights)
+        digests = {
+            path.relative_to(bundle).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in bundle.rglob("*")
+            if path.is_file()
+        }
+        (bundle / DIGESTS).write_text(json.dumps(digests))
         source = run.log_folder(folder, "model")
         tags = {
             "hvqd.figures": json.dumps(GOOD | figures),
             "hvqd.protocol": "p",
             "hvqd.conditional": "true",
+            BUNDLE_TAG: bundle_digest(bundle),
             parts_tag("p"): json.dumps({"within": 1.0, "across": [3.0, 5.0], "counts": [3, 4], "set_error": 0.001}),
         }
         return self.registry.create("hvqd", source, run.run_id, tags, "a card")

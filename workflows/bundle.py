@@ -1,12 +1,14 @@
 """A bundle: all that is needed to draw pictures, in one folder. What gets registered, and what `--model` may name.
 
 vq/ and prior/ hold the two models (see hvqd_model.export); bundle.json holds the classes' names and how often the data
-has them, the recommended sampling, and the digests of what it was made from; README.md is the model card; digests.json
-lists every file's SHA-256.
+has them, the recommended sampling, and the digests of what it was made from; README.md is the model card;
+evaluation.json the figures with their protocol; samples.png a sheet of samples; requirements.lock the exact packages
+that it draws with; DATA_LICENCES.md what the training pictures ask for; digests.json every other file's SHA-256.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,9 @@ from infra.errors import InputError
 from workflows.config import SamplingSettings
 
 DESCRIPTION = "bundle.json"
+SERVED_BATCH = 16
+"""Pictures that a served model draws at once, unless its sampling says less: always as many, so that a picture depends
+on no other request."""
 DIGESTS = "digests.json"
 """SHA-256 of every other file of a bundle."""
 
@@ -45,6 +50,28 @@ class LoadedBundle:
         return draw_labels(seeds, self.class_rows)
 
 
+def class_index(name: str, classes: tuple[str, ...]) -> int:
+    """The index of a class by its name, in any case.
+
+    Raises:
+        InputError: the model was not trained on such a class; the nearest is named.
+    """
+    if not classes:
+        raise InputError(f"the model was trained without classes: {name}\nhint: leave --class out")
+    lowered = [option.lower() for option in classes]
+    if name.lower() in lowered:
+        return lowered.index(name.lower())
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.3)
+    remedy = f"did you mean {classes[lowered.index(close[0])]!r}?" if close else "choose one of them"
+    raise InputError(f"no such class: {name} (the model knows {', '.join(classes)})\nhint: {remedy}")
+
+
+def served_sampling(bundle: LoadedBundle) -> SamplingSettings:
+    """How a served model draws: as its makers recommend, in batches small enough for single requests."""
+    sampling = bundle.sampling or SamplingSettings()
+    return sampling.model_copy(update={"batch": min(sampling.batch, SERVED_BATCH)})
+
+
 def draw_labels(seeds: Sequence[int], class_rows: Sequence[int]) -> list[int]:
     """A class for each seed, in proportion to the rows; it follows from the seed alone."""
     if sum(class_rows) == 0:
@@ -64,6 +91,7 @@ def write_bundle(
     sampling: SamplingSettings,
     lineage: Mapping[str, str],
     card: str,
+    more: Mapping[str, bytes] | None = None,
 ) -> None:
     """Lay a bundle out in a local folder.
 
@@ -71,6 +99,7 @@ def write_bundle(
         vq, prior: the models' folders, copied.
         lineage: digest of each artifact it was made from.
         card: the README.
+        more: further files by name.
     """
     for name, source in (("vq", vq), ("prior", prior)):
         (folder / name).mkdir(parents=True)
@@ -84,6 +113,8 @@ def write_bundle(
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
     (folder / "README.md").write_text(card)
+    for name, content in (more or {}).items():
+        (folder / name).write_bytes(content)
     (folder / DIGESTS).write_text(json.dumps(_file_digests(folder), indent=1, sort_keys=True) + "\n")
 
 
@@ -141,6 +172,11 @@ def load_bundle(folder: Path) -> LoadedBundle:
         raise InputError(
             f"the tokenizer and the prior at {folder} have different codes\nhint: train the prior on this tokenizer"
         )
+    known = [tensor for name, tensor in prior.state_dict().items() if name.endswith(".codebook")]
+    if any(not _is_same(ours, theirs) for ours, theirs in zip(known, vq.codebooks, strict=False)):
+        raise InputError(
+            f"the prior at {folder} was trained on the codes of another tokenizer\nhint: train the prior on this one"
+        )
     rows, classes = described["class_rows"], prior.config.classes
     if len(rows) != len(classes):
         raise InputError(
@@ -155,6 +191,10 @@ def load_bundle(folder: Path) -> LoadedBundle:
         digest=models_digest(vq_folder, prior_folder),
         sampling=described["sampling"],
     )
+
+
+def _is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-4)
 
 
 def models_digest(vq: Path, prior: Path) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infra.secrets import mask
+from tuning.commands import doctor, tune_app
 from workflows.job import Job, exit_status, with_options
+from workflows.launch_commands import add_launch_commands
 from workflows.models_commands import models_app
 from workflows.tokenizer_commands import Arithmetic, codes_app, reconstruct
 
@@ -34,6 +37,8 @@ app.add_typer(train_app, name="train")
 app.add_typer(config_app, name="config")
 app.add_typer(models_app, name="models")
 app.add_typer(codes_app, name="codes")
+app.add_typer(tune_app, name="tune")
+app.command("doctor")(doctor)
 
 
 # ---- the path ----
@@ -118,10 +123,19 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option("--model", help="A registered version to judge anew: its number or an alias.")
     ] = None,
+    protocol: Annotated[
+        Path | None, typer.Option("--protocol", help="File of a protocol (`hvqd protocol` writes one) to judge by.")
+    ] = None,
 ) -> None:
     """Judge the models on the held-out test split; with --model a version, by this root's protocol and pictures."""
+    from workflows.protocol import read_protocol
+
+    pinned = None if protocol is None else read_protocol(protocol)
     if model is None:
-        _step(job, "evaluation")
+        if pinned is None:
+            _step(job, "evaluation")
+        else:
+            _evaluate_by(job, pinned)
         return
     pipeline = _look(job) if job.dry_run else _open(job)
     if job.dry_run:
@@ -132,9 +146,49 @@ def evaluate(
         return
     from workflows.evaluate import evaluate_version
 
-    found = evaluate_version(_context(job, pipeline), pipeline.tracker, model)
+    context = _context(job, pipeline)
+    if pinned is not None:
+        context = replace(context, config=pinned.applied(context.config))
+    found = evaluate_version(context, pipeline.tracker, model, pinned)
     value = {"version": found.version, "protocol": found.protocol_digest, "figures": found.values}
     job.answer({"status": 0, **value, "folder": found.folder}, found.folder)
+
+
+def _evaluate_by(job: Job, pinned: Any) -> None:
+    """This root's evaluation by the protocol of a file."""
+    from infra.storage import open_store
+    from workflows.artifacts import read_manifest
+    from workflows.features import FeatureExtractor
+
+    job.overrides += pinned.overrides()
+    root = open_store(job.config.root)
+    pinned.check_dataset(read_manifest(root.child("dataset"), "hvqd data build"), root.child("dataset").url)
+    if not job.dry_run:
+        weights = FeatureExtractor(pinned.evaluation.feature_size).weights_digest
+        pinned.check_digest(pinned.digest, weights)
+    _step(job, "evaluation")
+    if not job.dry_run:
+        manifest = read_manifest(root.child("evaluation"), "hvqd evaluate")
+        pinned.check_digest(manifest.facts["protocol_digest"], weights)
+
+
+@app.command("protocol")
+@with_options
+def protocol(
+    job: Job,
+    name: Annotated[str, typer.Option("--name", help="What the protocol is called.")] = "test",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: printed.")] = None,
+) -> None:
+    """Write the protocol by which a root was evaluated, to judge other versions by it."""
+    from infra.storage import Store, open_store
+    from workflows.protocol import protocol_of
+
+    found = protocol_of(job.config, open_store(job.config.root), name)
+    text = found.as_yaml()
+    if out is not None and not job.dry_run:
+        Store(str(out.resolve().parent)).write_bytes(out.name, text.encode())
+    where = "" if out is None else str(out)
+    job.answer({"status": 0, "protocol": found.model_dump(mode="json"), "file": where}, where or text.rstrip("\n"))
 
 
 @app.command("register")
@@ -159,11 +213,17 @@ def promote(
     override: Annotated[
         str | None, typer.Option("--override", help="Why it shall be champion although a gate refuses; recorded.")
     ] = None,
+    gates: Annotated[Path | None, typer.Option("--gates", help="YAML file of gates: the setting gates.file.")] = None,
 ) -> None:
     """Move the alias `champion`, if every gate agrees (exit status 3 names those that do not)."""
     from workflows.promotion import promote as promote_version
 
-    pipeline = _look(job) if job.dry_run else _open(job)
+    if gates is not None:
+        job.overrides.append(f"gates.file={json.dumps(str(gates.resolve()))}")
+
+    pipeline = _look(job)  # what is set for one decision is not what the root remembers
+    if not job.dry_run and pipeline.tracker.is_there:
+        pipeline.tracker.check_answers()
     context = _context(job, pipeline)
     result = promote_version(context, pipeline.tracker, version, dry_run=job.dry_run, override=override)
     job.answer({"status": 0, **result.as_json()}, result.as_text())
@@ -237,6 +297,36 @@ def sample(
 
 
 app.command("reconstruct")(reconstruct)
+
+
+@app.command("serve")
+@with_options
+def serve(
+    job: Job,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on: the setting serve.host.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port to listen on: the setting serve.port.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="A version that stays; default: follow the champion.")
+    ] = None,
+) -> None:
+    """Serve the champion over HTTP (POST /draw, GET /health, GET /metrics) until it is stopped."""
+    for key, value in (("host", host), ("port", port)):
+        if value is not None:
+            job.overrides.append(f"serve.{key}={value}")
+    pipeline = _look(job)
+    from workflows.serve_command import Server, plan_serving, until_stopped
+
+    served, first = plan_serving(job.config, pipeline.tracker, version)
+    what = f"{served.model} version {first}" + ("" if served.version else ", following the champion")
+    if job.dry_run:
+        job.answer({"status": 0, "version": first}, f"would serve {what} at {served.settings.host}")
+        return
+    with Server(job.config, served) as address:
+        job.answer({"status": 0, "address": address, "version": first}, f"{what} at {address} (Ctrl-C stops it)")
+        until_stopped()
+
+
+add_launch_commands(app)
 
 
 # ---- configuration ----

@@ -6,13 +6,24 @@ keys serve the command line, the search space and the search's `best.yaml`.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from hvqd_model.config import PriorArchitecture, Settings, VQArchitecture, VQConfig
+from hvqd_model.config import EACH, ONE, ConditionName, PriorArchitecture, Settings, VQArchitecture, VQConfig
 
 Share = Field(ge=0, lt=1)
+_Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _scale_form(value: object) -> str:
+    return EACH if isinstance(value, dict) else ONE
+
+
+OneOrByCondition = Annotated[
+    Annotated[_Scale, Tag(ONE)] | Annotated[dict[ConditionName, _Scale], Tag(EACH)], Discriminator(_scale_form)
+]
+"""One scale of guidance, or one a condition."""
 
 
 class DataSettings(Settings):
@@ -159,13 +170,71 @@ class PriorStage(Settings):
     """The prior."""
     train: TrainSettings = TrainSettings(learning_rate=3e-3, betas=(0.9, 0.98), ema_half_life_images=4_000)
     """Its optimisation."""
+    text_encoder: str | None = None
+    """Folder of the network that embeds captions (config.json, model.safetensors and tokenizer.json of a BERT sentence
+    encoder), readable by every worker; null: the installed all-MiniLM-L6-v2."""
+
+
+class WorkerRange(Settings):
+    """How many workers a training may have; it takes as many as the cluster offers."""
+
+    min: int = Field(1, ge=1)
+    """With fewer it waits."""
+    max: int = Field(ge=1)
+    """More than these are of no use to it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"workers must rise from min to max: {self.min} to {self.max}\nhint: {{min: 1, max: 4}}")
+        return self
+
+
+def _worker_form(value: object) -> str:
+    return EACH if isinstance(value, dict | WorkerRange) else ONE
+
+
+Workers = Annotated[
+    Annotated[int, Field(ge=1), Tag(ONE)] | Annotated[WorkerRange, Tag(EACH)], Discriminator(_worker_form)
+]
+
+
+class KeepSettings(Settings):
+    """Checkpoints beyond the newest ones (`train.keep_checkpoints`), and how they are written."""
+
+    best: int = Field(0, ge=0)
+    """So many with the best validation figure stay, too."""
+    every_images: int = Field(0, ge=0)
+    """The first one at or after each multiple of this stays, too; 0 for none."""
+    background: bool = True
+    """Write and upload them while training goes on."""
+
+
+class FaultSettings(Settings):
+    """How long faults are borne, and what follows."""
+
+    non_finite_steps: int = Field(8, ge=1)
+    """So many steps in a row that are not finite lead back to the newest checkpoint."""
+    setbacks: int = Field(3, ge=0)
+    """So often; then the training stops with the reason."""
+    setback_factor: float = Field(0.5, gt=0, lt=1)
+    """Of the learning rate, after each setback."""
+    hang_seconds: float = Field(600.0, gt=0)
+    """A training that takes no step for so long is hung: the silent worker is named, and all start again."""
+    slow_factor: float = Field(2.0, gt=1)
+    """A worker whose own part of a step takes so many times the median of all is named."""
+    patience_seconds: float = Field(600.0, gt=0)
+    """How long a remote root or tracker may be away during training."""
+    grace_seconds: float = Field(25.0, ge=0)
+    """After SIGTERM or Ctrl-C, how long workers may take to write a last checkpoint."""
 
 
 class ComputeSettings(Settings):
     """The machines."""
 
-    workers: int = Field(1, ge=1)
-    """Training processes; one a GPU where there are GPUs."""
+    workers: Workers = 1
+    """Training processes, one a GPU where there are GPUs; or {min: 2, max: 8} for as many as there are machines. The
+    global batch stays the same."""
     threads_per_worker: int = Field(1, ge=1)
     """CPU threads of a training process."""
     gpus_per_worker: int = Field(0, ge=0, le=1)
@@ -174,6 +243,20 @@ class ComputeSettings(Settings):
     """An existing Ray cluster (`auto`, host:port, ray://…); without it a local one is started and stopped."""
     max_failures: int = Field(3, ge=-1)
     """Restarts after a lost worker before the job gives up; -1 never gives up."""
+    keep: KeepSettings = KeepSettings()
+    """Which checkpoints stay."""
+    faults: FaultSettings = FaultSettings()
+    """What is borne."""
+
+    @property
+    def most_workers(self) -> int:
+        """The largest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def least_workers(self) -> int:
+        """The smallest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
 
 
 class EncodeSettings(Settings):
@@ -191,8 +274,9 @@ class SamplingSettings(Settings):
     """The reverse process."""
     steps: int = Field(16, ge=1)
     """Network evaluations (twice with guidance)."""
-    guidance: float = Field(3.0, ge=0)
-    """Classifier-free guidance; 1 is none."""
+    guidance: OneOrByCondition = 3.0
+    """Classifier-free guidance; 1 is none. One number for all conditions together, or one for each, as
+    {class: 3, style: 1.5}."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """[from, to] of the times, 1 pure noise and 0 clean, at which guidance acts; elsewhere a step costs half."""
     temperature: float = Field(1.0, gt=0)
@@ -203,8 +287,19 @@ class SamplingSettings(Settings):
     """Draw only among the fewest codes that together have this probability; null draws among all."""
     gumbel_scale: float = Field(1.0, ge=0)
     """Noise on the order in which codes are settled (confidence, purity): more variety, less caution."""
+    gaussian_sampler: Literal["ddpm", "ddim", "dpm-solver++", "heun"] = "dpm-solver++"
+    """The reverse process of a prior with Gaussian noise; heun asks the network twice a step."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """Share of fresh noise a step of ddim adds, of what ddpm would."""
     batch: int = Field(100, ge=1)
     """Pictures the network draws at once; padded, so results do not depend on how many are asked for."""
+
+    def of_noise(self, noise: str) -> dict[str, Any]:
+        """The JSON value of the settings that a prior of this noise heeds."""
+        others = {"gaussian_sampler", "eta"}
+        if noise == "gaussian":
+            others = {"sampler", "temperature", "top_k", "top_p", "gumbel_scale"}
+        return self.model_dump(mode="json", exclude=others)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -232,8 +327,10 @@ class EvaluationSettings(Settings):
 
 
 class GateSettings(Settings):
-    """What a version must show before it becomes champion; null leaves a gate out."""
+    """What a version must show before it becomes champion; null (false for a check) leaves a gate out."""
 
+    file: str | None = None
+    """YAML file with limits that count instead of those below, and with gates of its own over any figure."""
     min_psnr: float | None = 20.0
     """Test PSNR in dB."""
     min_codebook_usage: float | None = 0.5
@@ -244,11 +341,27 @@ class GateSettings(Settings):
     """KID of the samples over KID of codes drawn from their positions' marginals."""
     min_class_accuracy_to_chance: float | None = 2.0
     """Accuracy of the asked class over chance; not judged for an unconditional model."""
+    min_coverage_to_reconstructions: float | None = 0.08
+    """Mode collapse: share of the test pictures that samples come near to, over the same share for reconstructions."""
+    min_nearest_train_to_heldout: float | None = 0.8
+    """Memorisation: median distance of samples to the nearest training picture, over that of held-out pictures."""
     max_kid_regression: float | None = 0.1
     """How much larger, relatively, the KID may be than the champion's."""
     max_kid_regression_error: float | None = 0.06
     """Standard error of that growth, over concepts and samples: with .06 a version as good as the champion is refused
     once in twenty times, and one that is 20 % worse gets through as seldom. More evaluation.samples lower it."""
+    bundle_integrity: bool = True
+    """Every byte is as it was registered, and the tokenizer is the one that the prior was trained on."""
+    lineage_complete: bool = True
+    """Dataset, models, codes and evaluation are known, and the bundle and its card name the same."""
+    licences: tuple[str, ...] | None = None
+    """Licences that the training pictures may have; pictures without a stated one are refused. Null asks nothing."""
+    smoke_test: bool = True
+    """The version loads in a process of its own, without the training packages and without pickle, and draws."""
+    max_latency_seconds: float | None = 120.0
+    """Seconds that one picture takes in that process, after a first one; on the machine that promotes."""
+    max_memory_gib: float | None = 16.0
+    """Largest memory of that process."""
 
 
 class TrackingSettings(Settings):
@@ -263,6 +376,41 @@ class TrackingSettings(Settings):
     audit: str | None = None
     """Folder or URL of the promotions' journal, shared by all who promote; null: `audit/` under the root for an sqlite
     store, beside the server's artifacts for a server."""
+
+
+class ServeSettings(Settings):
+    """The picture server."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to listen on; 0.0.0.0 is every one. The server asks nobody who they are: put something before it that
+    does."""
+    port: int = Field(8000, ge=1, le=65_535)
+    """Port to listen on."""
+    replicas: int = Field(1, ge=1)
+    """Processes that hold the model and draw."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of each."""
+    batch_wait_seconds: float = Field(0.01, ge=0, le=10)
+    """How long a picture waits for others to be drawn with."""
+    max_pictures: int = Field(64, ge=1)
+    """Of one request."""
+    max_steps: int = Field(100, ge=1)
+    """Of one request."""
+    max_body_bytes: int = Field(65_536, ge=64)
+    """Longer requests are refused unread."""
+    max_waiting: int = Field(256, ge=1)
+    """Pictures that wait in a replica; with more, requests are sent away (503)."""
+    follow_seconds: float = Field(5.0, gt=0)
+    """How often to look whether another version has become champion."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_pictures > self.max_waiting:
+            raise ValueError(
+                f"serve.max_pictures must be at most max_waiting ({self.max_waiting}): {self.max_pictures}\n"
+                "hint: a request of more pictures than may wait would always be sent away"
+            )
+        return self
 
 
 class RunConfig(Settings):
@@ -290,6 +438,13 @@ class RunConfig(Settings):
     """What a champion must show."""
     tracking: TrackingSettings = TrackingSettings()
     """Where it is recorded."""
+    serve: ServeSettings = ServeSettings()
+    """How the champion is served."""
+
+    def workers_for(self, train: TrainSettings) -> list[int]:
+        """The numbers of workers, rising, that divide a stage's global batch into whole micro-batches."""
+        allowed = range(self.compute.least_workers, self.compute.most_workers + 1)
+        return [workers for workers in allowed if train.global_batch % (train.micro_batch * workers) == 0]
 
     @property
     def vq_config(self) -> VQConfig:
@@ -300,14 +455,15 @@ class RunConfig(Settings):
     def _check(self) -> Self:
         _ = self.vq_config  # levels must divide the image size
         for name, train in (("vq", self.vq.train), ("prior", self.prior.train)):
-            unit = train.micro_batch * self.compute.workers
-            if train.global_batch % unit:
-                nearest = max(unit, round(train.global_batch / unit) * unit)
-                raise ValueError(
-                    f"{name}.train.global_batch must be a multiple of micro_batch x workers "
-                    f"({train.micro_batch} x {self.compute.workers}): {train.global_batch}\n"
-                    f"hint: the nearest is {name}.train.global_batch={nearest}"
-                )
+            if self.workers_for(train):
+                continue
+            unit = train.micro_batch * self.compute.least_workers
+            nearest = max(unit, round(train.global_batch / unit) * unit)
+            raise ValueError(
+                f"{name}.train.global_batch must be a multiple of micro_batch x workers "
+                f"({train.micro_batch} x {self.compute.least_workers}): {train.global_batch}\n"
+                f"hint: the nearest is {name}.train.global_batch={nearest}"
+            )
         if self.data.validation_share + self.data.test_share >= 1:
             raise ValueError(
                 "data.validation_share + data.test_share must leave something to train on: "

@@ -25,6 +25,7 @@ from hvqd_model.randomness import derive_key
 from infra.models import Registry
 from infra.tracking import Tracker
 from workflows.artifacts import Manifest, check_files, digest_of, find_manifest, read_manifest, write_manifest
+from workflows.config import EvaluationSettings
 from workflows.context import Context
 from workflows.evaluation_figures import (
     Figure,
@@ -52,7 +53,8 @@ from workflows.evaluation_sets import (
 )
 from workflows.generate import decode_codes, padded
 from workflows.judge import ClassJudge
-from workflows.registry import find_version, judged_tag, load_version, parts_tag
+from workflows.protocol import Protocol
+from workflows.registry import find_version, intervals_of, intervals_tag, judged_tag, load_version, parts_tag
 from workflows.requests import PARENTS, request_of
 
 COMMANDS = {
@@ -123,25 +125,30 @@ class VersionFigures:
     """URL of the folder with metrics.json and the pictures."""
 
 
-def evaluate_version(context: Context, tracker: Tracker, name: str) -> VersionFigures:
+def evaluate_version(context: Context, tracker: Tracker, name: str, pinned: Protocol | None = None) -> VersionFigures:
     """Judge a registered version by this configuration's protocol, on this root's pictures, and tell the registry.
 
     Promotion compares two versions only when both were judged alike: this is how an older one catches up.
 
     Args:
         name: its number or an alias.
+        pinned: the protocol of a file, whose settings the configuration has; anything else is refused.
 
     Raises:
-        InputError: no such version, or one that this root's dataset does not fit.
+        InputError: no such version, or one that this root's dataset does not fit; not the protocol that is asked for.
     """
     registry, model = Registry(tracker.uri), context.config.tracking.model_name
     number = find_version(tracker, model, name)
     dataset = read_manifest(context.root.child("dataset"), COMMANDS["dataset"])
+    if pinned is not None:
+        pinned.check_dataset(dataset, context.root.child("dataset").url)
     bundle = load_version(tracker, model, f"models:/{model}/{number}")
     key = digest_of([bundle.digest, dataset.digest, *_settings(context)])
     store = context.root.child("evaluations", f"{model}-version-{number}-{key[:12]}")
     subject = gather_version(context, dataset, bundle, Parts(store, key))
     protocol = _protocol(subject, dataset.digest)
+    if pinned is not None:
+        pinned.check_digest(digest_of(protocol), subject.features.weights_digest)
     figures, pictures, parts = _judge(subject)
     for picture, grid in pictures.items():
         store.write_bytes(picture, grid.png)
@@ -151,6 +158,8 @@ def evaluate_version(context: Context, tracker: Tracker, name: str) -> VersionFi
     digest = digest_of(protocol)
     registry.set_tag(model, number, judged_tag(digest), json.dumps(values, sort_keys=True))
     registry.set_tag(model, number, parts_tag(digest), json.dumps(parts))
+    spans = intervals_of({name: figure.json for name, figure in figures.items()})
+    registry.set_tag(model, number, intervals_tag(digest), json.dumps(spans, sort_keys=True))
     return VersionFigures(number, digest, values, store.url)
 
 
@@ -248,7 +257,12 @@ def _bits(subject: Subject) -> list[NDArray[np.float64]]:
 def _protocol(subject: Subject, dataset: str) -> dict[str, Any]:
     """How the figures are made: versions are comparable exactly when this is equal."""
     config = subject.context.config
+    settings, usual = config.evaluation, EvaluationSettings()
+    # Numbers were no part of the description at first: where they are the usual ones it is what it was.
+    drawn = f"{settings.samples} samples, {settings.baseline_samples} of each baseline"
+    is_usual = (settings.samples, settings.baseline_samples) == (usual.samples, usual.baseline_samples)
     return {
+        **({} if is_usual else {"drawn": drawn}),
         "dataset": dataset,
         "split": "test",
         "reference": f"{len(subject.test.ids)} test pictures of {len(np.unique(subject.test.groups))} concepts",

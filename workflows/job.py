@@ -171,11 +171,14 @@ def _fail(job: Job, error: BaseException) -> NoReturn:
     elif status == 1 and not isinstance(error, EnvironmentFailure):
         sys.stderr.write(details)  # into the log
     lines = mask(message).splitlines()
+    facts = error.facts if isinstance(error, GateRefusal) else {}
+    if isinstance(error, GateRefusal) and error.shown and not job.as_json:
+        print(error.shown, file=job.streams.out, flush=True)
     print("\n".join(["error: " + lines[0], *lines[1:]]), file=job.streams.err, flush=True)
     if job.as_json:
         hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint:")]
         problem = " ".join(line for line in lines if not line.startswith("hint:"))
-        job.answer({"status": status, "error": problem, "hint": " ".join(hints)})
+        job.answer({**facts, "status": status, "error": problem, "hint": " ".join(hints)})
     with suppress(ImportError):
         if "ray" in sys.modules:
             from infra.cluster import disconnect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,14 +63,35 @@ def repair(job: Job) -> None:
     _answer(job, "repair", dry_run=job.dry_run)
 
 
-def _answer(job: Job, question: str, *names: str, **options: Any) -> None:
+@models_app.command("gc")
+@with_options
+def gc(
+    job: Job,
+    keep: Annotated[int, typer.Option("--keep", help="So many of the newest versions stay in any case.")] = 5,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only named.")] = False,
+) -> None:
+    """Name the versions that nothing needs: no alias, no rollback, no other version; with --delete remove them."""
+    _answer(job, "collect", module="version_gc", keep=keep, delete=delete and not job.dry_run)
+
+
+@models_app.command("copy")
+@with_options
+def copy(
+    job: Job,
+    version: _Name,
+    to: Annotated[str, typer.Option("--to", help="Another MLflow server, or the root of a run with its own store.")],
+) -> None:
+    """Copy a version with its files into another registry, verify every byte, and make it a candidate there."""
+    _answer(job, "copy_version", version, module="version_copy", to=to, dry_run=job.dry_run)
+
+
+def _answer(job: Job, question: str, *names: str, module: str = "versions", **options: Any) -> None:
     job.quiet()
     from infra.storage import open_store
-    from workflows import versions
     from workflows.context import Context
     from workflows.pipeline import tracker_for
 
     root = open_store(job.config.root)
-    ask: Callable[..., Report] = getattr(versions, question)
+    ask: Callable[..., Report] = getattr(importlib.import_module(f"workflows.{module}"), question)
     report = ask(Context(job.config, root, job.progress, None), tracker_for(job.config, root), *names, **options)
     job.answer({"status": 0, **report.value}, report.text)

@@ -203,7 +203,8 @@ class Pipeline:
 
         report = write_report(context)
         if refusal is not None:
-            raise GateRefusal(f"{refusal}; the report at {report} shows the figures") from refusal
+            message = f"{refusal}; the report at {report} shows the figures"
+            raise GateRefusal(message, refusal.facts, refusal.shown) from refusal
         return {"version": version, "champion": champion, "report": report}
 
     def run(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ an entry counts as applied when the registry keeps its digest on the version it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +20,22 @@ from infra.lease import Lease, hold
 from infra.models import Registry
 from infra.storage import Store, open_store
 from infra.tracking import Tracker
+from workflows.config import GateSettings
 from workflows.context import Context
-from workflows.gates import GateResult, Growth, growth_of, judge
+from workflows.gate_files import OwnGate, check_measured, read_gates
+from workflows.gates import GateResult, Growth, Inspection, growth_of, judge, table
+from workflows.inspection import inspect
 from workflows.journal import MOVES, Action, Entry, Journal
-from workflows.registry import figures_under, kid_parts_under
+from workflows.registry import (
+    FIGURES_TAG,
+    PROTOCOL_TAG,
+    figures_under,
+    find_version,
+    intervals_under,
+    kid_parts_under,
+    protocols_of,
+    shared_protocol,
+)
 
 ENTRY_TAG = "hvqd.audit"
 """On a version: the digest of the journal's last entry about it that has been applied."""
@@ -57,16 +69,36 @@ class PromotionResult:
 
     def as_text(self) -> str:
         """For people."""
-        lines = [gate.as_text() for gate in self.gates]
+        lines = [table(self.gates)] if self.gates else []
         if self.moved:
             was = f" (was version {self.previous})" if self.previous else ""
             against = f", against its gates: {self.overridden}" if self.overridden else ""
             lines.append(f"champion  {self.model} version {self.version}{was}{against}")
         elif self.previous == self.version:
             lines.append(f"champion  {self.model} version {self.version} already")
-        else:
-            lines.append(f"would make {self.model} version {self.version} champion")
+        elif all(gate.passed for gate in self.gates) or self.overridden:
+            against = f", against its gates: {self.overridden}" if self.overridden else ""
+            lines.append(f"would make {self.model} version {self.version} champion{against}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the gates said of a version, and by which figures."""
+
+    results: list[GateResult]
+    figures: dict[str, float]
+    protocol: str | None
+
+    @classmethod
+    def unasked(cls, tags: Mapping[str, str]) -> Judgement:
+        """The version's own figures, of which no gate was asked."""
+        return cls([], json.loads(tags.get(FIGURES_TAG, "{}")), tags.get(PROTOCOL_TAG))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a gate refuses."""
+        return any(not result.passed for result in self.results)
 
 
 @dataclass(frozen=True)
@@ -131,10 +163,15 @@ class Promoter:
         self.registry.set_tag(self.model, entry.version, ENTRY_TAG, entry.digest)
 
     def decide(
-        self, lease: Lease, action: Action, version: str, reason: str, gates: Sequence[GateResult] = ()
+        self, lease: Lease, action: Action, version: str, reason: str, judgement: Judgement | None = None
     ) -> Entry:
-        """Write a decision and apply it."""
-        journal, tags = self.journal, self.registry.tags(self.model, version)
+        """Write a decision and apply it.
+
+        Args:
+            judgement: what the gates said; None where they were not asked.
+        """
+        journal = self.journal
+        shown = judgement or Judgement.unasked(self.registry.tags(self.model, version))
         entries = journal.entries()
         stack = champions(entries) or [
             found for alias in ("previous", "champion") if (found := self.registry.alias(self.model, alias))
@@ -151,9 +188,9 @@ class Promoter:
             champion=stack[-1] if stack else None,
             previous=stack[-2] if len(stack) > 1 else None,
             reason=reason,
-            gates=[gate.as_json() for gate in gates],
-            figures=json.loads(tags.get("hvqd.figures", "{}")),
-            protocol=tags.get("hvqd.protocol", ""),
+            gates=[gate.as_json() for gate in shown.results],
+            figures=shown.figures,
+            protocol=shown.protocol or "",
         )
         if entry is None:
             lease.check_held()  # says that somebody else was faster
@@ -240,56 +277,90 @@ def promote(
         raise InputError(f"the model {model} has no candidate to promote\nhint: `hvqd register` makes one")
     if override is not None and not override.strip():
         raise InputError("--override needs a reason\nhint: it is recorded, for example --override 'fixes the flags'")
-    registry.tags(model, wanted)  # that it exists, before anybody is kept waiting
+    wanted = find_version(tracker, model, wanted)  # that it exists, before anybody is kept waiting
+    gates, own = read_gates(context.config.gates)
+    inspection = inspect(registry, model, wanted, gates)  # takes its time, and so not while others wait
+
+    def ask(champion: str | None) -> Judgement:
+        return _judge(registry, model, wanted, champion, gates, own, inspection)
+
     if dry_run:
         champion = registry.alias(model, "champion")
-        results = _judge(context, registry, model, wanted, champion)
-        _refuse_if_any_failed(model, wanted, results, override)
-        return PromotionResult(model, wanted, champion, results, moved=False)
+        judged = ask(champion)
+        result = PromotionResult(model, wanted, champion, judged.results, False, override if judged.failed else None)
+        _refuse_if_failed(result, override)
+        return result
     promoter = promoter_for(context, tracker)
     if registry.alias(model, "champion") == wanted and promoter.is_settled():
-        results = _judge(context, registry, model, wanted, wanted)
-        if all(gate.passed for gate in results):  # nothing to decide, nothing to write
-            return PromotionResult(model, wanted, wanted, results, moved=False)
+        judged = ask(wanted)
+        if not judged.failed:  # nothing to decide, nothing to write
+            return PromotionResult(model, wanted, wanted, judged.results, moved=False)
     with promoter.turn(f"promotion of {model} version {wanted}") as lease:
         champion = registry.alias(model, "champion")
-        results = _judge(context, registry, model, wanted, champion)
-        failed = any(not gate.passed for gate in results)
-        if failed and override is None:
-            promoter.decide(lease, "refuse", wanted, "", results)
+        judged = ask(champion)
+        if judged.failed and override is None:
+            promoter.decide(lease, "refuse", wanted, "", judged)
         elif champion != wanted:
-            promoter.decide(lease, "override" if failed else "promote", wanted, override or "", results)
-    _refuse_if_any_failed(model, wanted, results, override)
-    return PromotionResult(model, wanted, champion, results, champion != wanted, override if failed else None)
+            promoter.decide(lease, "override" if judged.failed else "promote", wanted, override or "", judged)
+    moved = champion != wanted and not (judged.failed and override is None)
+    result = PromotionResult(model, wanted, champion, judged.results, moved, override if judged.failed else None)
+    _refuse_if_failed(result, override)
+    return result
 
 
-def _refuse_if_any_failed(model: str, version: str, results: list[GateResult], override: str | None) -> None:
-    failed = [gate for gate in results if not gate.passed]
+def _refuse_if_failed(result: PromotionResult, override: str | None) -> None:
+    failed = [gate for gate in result.gates if not gate.passed]
     if failed and override is None:
         lines = "; ".join(gate.as_text() for gate in failed)
         raise GateRefusal(
-            f"version {version} of {model} is not promoted: {lines}\n"
-            "hint: train longer, or change the gate if it asks for the wrong thing (--set gates.NAME=VALUE)"
+            f"version {result.version} of {result.model} is not promoted: {lines}\n"
+            "hint: train longer, or change the gate if it asks for the wrong thing (--set gates.NAME=VALUE)",
+            facts=result.as_json(),
+            shown=result.as_text(),
         )
 
 
-def _judge(context: Context, registry: Registry, model: str, wanted: str, champion: str | None) -> list[GateResult]:
+def _judge(
+    registry: Registry,
+    model: str,
+    wanted: str,
+    champion: str | None,
+    gates: GateSettings,
+    own: Sequence[OwnGate],
+    inspection: Inspection,
+) -> Judgement:
+    """Every gate's answer; all figures of a decision are of one protocol.
+
+    Raises:
+        InputError: figures of which nobody knows how they were made, or a gate over a figure that nobody measured.
+    """
     tags = registry.tags(model, wanted)
-    figures, protocol = json.loads(tags.get("hvqd.figures", "{}")), tags.get("hvqd.protocol")
+    known, against = protocols_of(tags), champion is not None and champion != wanted
+    if not known and tags.get(FIGURES_TAG):
+        raise InputError(
+            f"the figures of version {wanted} of {model} come without a protocol: nobody knows how they were made\n"
+            f"hint: `hvqd evaluate --model {wanted}` judges it anew"
+        )
+    other = registry.tags(model, champion) if champion is not None and against else {}
+    shared = shared_protocol(tags, other)
+    protocol = shared or next(iter(known), None)
+    figures = figures_under(tags, protocol) or {}
+    check_measured(own, figures, f"version {wanted} of {model}")
     growth: Growth | None = None
-    against = champion is not None and champion != wanted
-    if champion is not None and against and protocol is not None:
-        other = registry.tags(model, champion)
-        shown = figures_under(other, protocol)
-        if shown is not None:
-            growth = growth_of(figures, shown, kid_parts_under(tags, protocol), kid_parts_under(other, protocol))
-    return judge(
+    if shared is not None:
+        shown = figures_under(other, shared) or {}
+        growth = growth_of(figures, shown, kid_parts_under(tags, shared), kid_parts_under(other, shared))
+    results = judge(
         figures,
-        context.config.gates,
+        gates,
         conditional=tags.get("hvqd.conditional") == "true",
+        own=own,
+        intervals=intervals_under(tags, protocol) if protocol else {},
         against_champion=against,
         growth=growth,
+        inspection=inspection,
     )
+    return Judgement(results, figures, protocol)
 
 
 def rollback(context: Context, tracker: Tracker, version: str | None, reason: str) -> Entry:

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hvqd_model.metrics import KidParts
 from infra.errors import InputError
@@ -22,6 +23,7 @@ from workflows.artifacts import Manifest, check_files, find_manifest, read_manif
 from workflows.bundle import LoadedBundle, bundle_digest, load_bundle, write_bundle
 from workflows.card import model_card
 from workflows.context import Context
+from workflows.environment_lock import locked
 from workflows.requests import PARENTS, request_of
 
 _COMMANDS = {
@@ -34,7 +36,11 @@ _COMMANDS = {
 _REQUEST_TAG = "hvqd.request"
 BUNDLE_TAG = "hvqd.bundle"
 """On a version: the digest of its bundle's list of digests."""
-_REQUIREMENTS = ["torch", "numpy", "safetensors", "pydantic", "pyyaml", "pillow", "pandas", "mlflow"]
+LICENCES_TAG = "hvqd.licences"
+"""On a version: JSON list of the licences of its training pictures."""
+PROTOCOL_TAG = "hvqd.protocol"
+FIGURES_TAG = "hvqd.figures"
+_ATTRIBUTION = Path(__file__).parent / "data" / "bundled" / "ATTRIBUTION.md"
 _PACKAGES = ("hvqd_model", "infra", "workflows")
 
 
@@ -78,6 +84,9 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
     lineage = {kind: manifest.digest for kind, manifest in parents.items()}
     figures = dict(parents["evaluation"].facts["figures"])
     protocol = str(parents["evaluation"].facts["protocol_digest"])
+    evaluation = root.child("evaluation")
+    measured = evaluation.read_bytes("metrics.json")
+    lock = locked()
     run = context.run or tracker.run(f"register-{request}", "register", tags={"hvqd.step": "register"})
     card = model_card(config, parents)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
@@ -92,20 +101,28 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
             config.sampling,
             lineage,
             card,
+            {
+                "evaluation.json": measured,
+                "samples.png": evaluation.read_bytes("samples.png"),
+                "requirements.lock": ("\n".join(lock) + "\n").encode(),
+                "DATA_LICENCES.md": _data_licences(config.data.source, facts["licences"]).encode(),
+            },
         )
         code = folder / "code"
         packages = [_copy_sources(name, code) for name in _PACKAGES]
         served = Path(__file__).with_name("served_model.py")
-        write_pyfunc(folder / "model", served, {"bundle": folder / "bundle"}, packages, _REQUIREMENTS)
+        write_pyfunc(folder / "model", served, {"bundle": folder / "bundle"}, packages, lock)
         source = run.log_folder(folder / "model", "model")
         digest = bundle_digest(folder / "bundle")
     tags = {
         _REQUEST_TAG: request,
         BUNDLE_TAG: digest,
         **{f"hvqd.digest.{kind}": digest for kind, digest in lineage.items()},
-        "hvqd.figures": json.dumps(figures, sort_keys=True),
-        "hvqd.protocol": protocol,
+        FIGURES_TAG: json.dumps(figures, sort_keys=True),
+        PROTOCOL_TAG: protocol,
         parts_tag(protocol): json.dumps(parents["evaluation"].facts["kid_parts"]),
+        intervals_tag(protocol): json.dumps(intervals_of(json.loads(measured)["figures"]), sort_keys=True),
+        LICENCES_TAG: json.dumps(facts["licences"]),
         "hvqd.conditional": str(bool(facts["classes"])).lower(),
         "hvqd.root": root.url,
         "hvqd.commit": _commit(),
@@ -119,6 +136,13 @@ def _copy_sources(package: str, target: Path) -> Path:
     return Path(
         shutil.copytree(source, target / package, ignore=shutil.ignore_patterns("bundled", "__pycache__", "*.pyc"))
     )
+
+
+def _data_licences(source: str, licences: list[str]) -> str:
+    """What the training pictures ask of those who pass the model on."""
+    stated = ", ".join(licences) or "not stated by the source"
+    attribution = _ATTRIBUTION.read_text() if source == "emoji" and _ATTRIBUTION.is_file() else ""
+    return f"# Licences of the training pictures\n\n{stated}\n" + (f"\n{attribution}" if attribution else "")
 
 
 def _commit() -> str:
@@ -147,11 +171,46 @@ def parts_tag(protocol: str) -> str:
     return f"hvqd.kid.{protocol[:16]}"
 
 
+def intervals_tag(protocol: str) -> str:
+    """The tag that holds the 95 % intervals of a version's figures under a protocol."""
+    return f"hvqd.intervals.{protocol[:16]}"
+
+
+def intervals_of(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """[low, high] of each figure of metrics.json that has an interval."""
+    return {
+        name: [figure["low"], figure["high"]]
+        for name, figure in figures.items()
+        if figure["low"] is not None and figure["high"] is not None
+    }
+
+
+def intervals_under(tags: Mapping[str, str], protocol: str) -> dict[str, tuple[float, float]]:
+    """The intervals of a version's figures under a protocol; empty when they were not kept."""
+    found = json.loads(tags.get(intervals_tag(protocol), "{}"))
+    return {name: (low, high) for name, (low, high) in found.items()}
+
+
+def protocols_of(tags: Mapping[str, str]) -> list[str]:
+    """The protocols that a version was judged by, its own first; later ones are known by their first 16 digits."""
+    own = [tags[PROTOCOL_TAG]] if tags.get(PROTOCOL_TAG) else []
+    later = sorted(tag.removeprefix(judged_tag("")) for tag in tags if tag.startswith(judged_tag("")))
+    return own + [name for name in later if not own or name != own[0][:16]]
+
+
+def shared_protocol(tags: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    """A protocol that both were judged by, the first one's own if possible; None when there is none."""
+    theirs = {name[:16] for name in protocols_of(other)}
+    return next((name for name in protocols_of(tags) if name[:16] in theirs), None)
+
+
 def figures_under(tags: Mapping[str, str], protocol: str | None) -> dict[str, float] | None:
     """A version's figures under a protocol; None when it was never judged by that."""
     if protocol is None:
         return None
-    text = tags.get("hvqd.figures") if tags.get("hvqd.protocol") == protocol else tags.get(judged_tag(protocol))
+    own = tags.get(PROTOCOL_TAG)
+    is_own = own is not None and own[:16] == protocol[:16]
+    text = tags.get(FIGURES_TAG) if is_own else tags.get(judged_tag(protocol))
     figures: dict[str, float] | None = None if text is None else json.loads(text)
     return figures
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from hvqd_model.randomness import derive_key
 from infra.errors import EnvironmentFailure, InputError
 from infra.storage import Store, open_store
-from workflows.bundle import LoadedBundle, load_bundle
+from workflows.bundle import LoadedBundle, class_index, load_bundle
 from workflows.config import RunConfig
 from workflows.context import Progress
 from workflows.generate import draw_images, image_grid
@@ -43,22 +42,6 @@ class SampleRequest:
             "seed": self.seed,
             "sampling": config.sampling.model_dump(mode="json"),
         }
-
-
-def class_index(name: str, classes: tuple[str, ...]) -> int:
-    """The index of a class by its name, in any case.
-
-    Raises:
-        InputError: the model was not trained on such a class; the nearest is named.
-    """
-    if not classes:
-        raise InputError(f"the model was trained without classes: {name}\nhint: leave --class out")
-    lowered = [option.lower() for option in classes]
-    if name.lower() in lowered:
-        return lowered.index(name.lower())
-    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.3)
-    remedy = f"did you mean {classes[lowered.index(close[0])]!r}?" if close else "choose one of them"
-    raise InputError(f"no such class: {name} (the model knows {', '.join(classes)})\nhint: {remedy}")
 
 
 def seeds_for(seed: int, count: int) -> list[int]:

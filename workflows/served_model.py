@@ -19,11 +19,10 @@ class PictureModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Load both models; the argument's name is MLflow's."""
-        from workflows.bundle import load_bundle
-        from workflows.config import SamplingSettings
+        from workflows.bundle import load_bundle, served_sampling
 
         self.bundle = load_bundle(Path(context.artifacts["bundle"]))
-        self.sampling = self.bundle.sampling or SamplingSettings()
+        self.sampling = served_sampling(self.bundle)
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
         """A frame with the column `image`: base64 of a PNG.
@@ -35,8 +34,8 @@ class PictureModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         import pandas as pd
         from PIL import Image
 
+        from workflows.bundle import class_index
         from workflows.generate import draw_images
-        from workflows.sample_command import class_index
 
         rows = len(model_input)
         seeds = [int(seed) for seed in model_input["seed"]] if "seed" in model_input else list(range(rows))

@@ -16,7 +16,8 @@ from infra.tracking import Tracker
 from workflows.bundle import DESCRIPTION, bundle_problems
 from workflows.context import Context
 from workflows.promotion import ENTRY_TAG, Promoter, champions, promoter_for
-from workflows.registry import BUNDLE_TAG, find_version
+from workflows.registry import BUNDLE_TAG, figures_under, find_version, protocols_of, shared_protocol
+from workflows.tables import aligned
 
 _LISTED = {"kid_samples": "KID", "psnr": "PSNR", "class_accuracy_samples": "class", "recall_samples": "recall"}
 _LINEAGE = ("dataset", "vq", "codes", "prior", "evaluation")
@@ -60,7 +61,7 @@ def list_versions(context: Context, tracker: Tracker) -> Report:
                 version.tags.get("hvqd.protocol", "-")[:12],
             ]
         )
-    return Report({"model": model, "versions": [_as_json(version) for version in versions]}, _table(rows))
+    return Report({"model": model, "versions": [_as_json(version) for version in versions]}, aligned(rows))
 
 
 def _as_json(version: Version) -> dict[str, Any]:
@@ -92,9 +93,9 @@ def show_version(context: Context, tracker: Tracker, name: str) -> Report:
         *(f"  {kind:<11} {version.tags.get(f'hvqd.digest.{kind}', 'unknown')}" for kind in _LINEAGE),
         f"  {'commit':<11} {version.tags.get('hvqd.commit', 'unknown')}",
         f"  {'root':<11} {version.tags.get('hvqd.root', 'unknown')}",
-        f"  {'protocol':<11} {version.tags.get('hvqd.protocol', 'unknown')}",
+        f"  {'protocol':<11} {', '.join(protocols_of(version.tags)) or 'unknown'}",
         "",
-        _table([["figure", "value"], *([figure, f"{value:.5g}"] for figure, value in sorted(figures.items()))]),
+        aligned([["figure", "value"], *([figure, f"{value:.5g}"] for figure, value in sorted(figures.items()))]),
         "",
         card,
     ]
@@ -106,7 +107,8 @@ def compare_versions(context: Context, tracker: Tracker, first: str, second: str
     registry, model = _registry(context, tracker)
     names = [find_version(tracker, model, name) for name in (first, second)]
     tags = [registry.tags(model, name) for name in names]
-    figures = [_figures(one) for one in tags]
+    protocol = shared_protocol(tags[1], tags[0])
+    figures = [figures_under(one, protocol) or _figures(one) for one in tags]
     settings = [_settings(registry, model, name) for name in names]
     differing = {
         key: [one.get(key) for one in settings]
@@ -118,7 +120,6 @@ def compare_versions(context: Context, tracker: Tracker, first: str, second: str
         for kind in _LINEAGE
         if tags[0].get(f"hvqd.digest.{kind}") != tags[1].get(f"hvqd.digest.{kind}")
     }
-    same_protocol = tags[0].get("hvqd.protocol") == tags[1].get("hvqd.protocol")
     shared = sorted(set(figures[0]) & set(figures[1]))
     rows = [["figure", *(f"version {name}" for name in names), "change"]]
     for figure in shared:
@@ -127,16 +128,19 @@ def compare_versions(context: Context, tracker: Tracker, first: str, second: str
         rows.append([figure, f"{old:.5g}", f"{new:.5g}", change])
     lines = [f"{kind} differs: {one[:12]} and {other[:12]}" for kind, (one, other) in lineage.items()]
     lines += [f"{key}: {one} and {other}" for key, (one, other) in differing.items()]
-    if not same_protocol:
+    if protocol is None:
         lines.append("judged by different protocols: the figures below are not comparable")
+    else:
+        lines.append(f"figures by the protocol {protocol[:12]}")
     value = {
         "versions": names,
         "lineage": lineage,
         "settings": differing,
-        "comparable": same_protocol,
+        "comparable": protocol is not None,
+        "protocol": protocol,
         "figures": {figure: [one[figure] for one in figures] for figure in shared},
     }
-    return Report(value, "\n".join([*lines, "", _table(rows)]))
+    return Report(value, "\n".join([*lines, "", aligned(rows)]))
 
 
 def _settings(registry: Registry, model: str, version: str) -> dict[str, Any]:
@@ -237,11 +241,4 @@ def repair(context: Context, tracker: Tracker, *, dry_run: bool) -> Report:
     return Report(
         {"model": model, "champion": head.champion, "previous": head.previous},
         f"champion  {model} version {head.champion}, as entry {head.number} says",
-    )
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )

@@ -23,20 +23,42 @@ def test_a_release_owner_judges_anew_promotes_and_takes_back(finished_run: Finis
     def ask(*arguments: str) -> Finished:
         return run_hvqd(*arguments, "--root", str(root), "--json", cwd=tmp_path, env=finished_run.env)
 
-    before = json.loads((root / "evaluation" / "metrics.json").read_text())["figures"]
+    def figures_now() -> dict[str, float]:
+        measured = json.loads((root / "evaluation" / "metrics.json").read_text())["figures"]
+        return {name: figure["value"] for name, figure in measured.items()}
+
     anew = ask("evaluate", "--model", "champion").succeeded().answer
     assert anew["version"] == "1"
-    assert anew["figures"] == {name: figure["value"] for name, figure in before.items()}, "the same protocol"
+    assert anew["figures"] == figures_now(), "the same protocol"
 
     gates = ("--set", "gates.max_kid_regression=1e9", "--set", "gates.max_kid_regression_error=1e9")
     refused = ask("run", "--set", "sampling.steps=3", *gates)
     assert refused.status == 3
     assert "judged by another protocol: `hvqd evaluate --model champion`" in refused.err
-    ask("evaluate", "--model", "champion").succeeded()
+    assert [gate["gate"] for gate in refused.answer["gates"] if not gate["passed"]] == [
+        "max_kid_regression",
+        "max_kid_regression_error",
+    ]
+    written = ask("protocol", "--name", "three steps", "--out", str(tmp_path / "protocol.yaml")).succeeded().answer
+    judged = ask("evaluate", "--model", "champion", "--protocol", written["file"]).succeeded().answer
+    assert judged["protocol"] == written["protocol"]["digest"] != anew["protocol"]
+    gate_file = tmp_path / "gates.yaml"
+    gate_file.write_text("smoke_test: true\nmax_memory_gib: 16\nlicences: [MIT]\ncovers: {metric: psnr, at_least: 5}\n")
+    dry = ask("promote", "--dry-run", "--gates", str(gate_file))
+    said = {gate["gate"]: gate["passed"] for gate in dry.answer["gates"]}
+    assert dry.status == 3 and len(said) == 10 and [name for name, passed in said.items() if not passed] == ["licences"]
+    assert dry.answer["hint"].startswith("train longer") and dry.answer["version"] == "2"
+    gate_file.write_text("covers: {metric: psrn, at_least: 5}\n")
+    unmeasured = ask("promote", "--gates", str(gate_file))
+    assert (unmeasured.status, unmeasured.answer["hint"]) == (2, "did you mean psnr?")
     promoted = ask("promote").succeeded().answer
     assert (promoted["moved"], promoted["version"], promoted["previous"]) == (True, "2", "1")
     compared = ask("models", "diff", "previous", "champion").succeeded().answer
-    assert compared["settings"] == {"sampling.steps": [4, 3]} and compared["comparable"] is False
+    assert compared["settings"] == {"sampling.steps": [4, 3]} and compared["comparable"] is True
+    assert compared["figures"]["kid_samples"] == [
+        judged["figures"]["kid_samples"],
+        figures_now()["kid_samples"],
+    ], "both by the later protocol"
     assert set(compared["lineage"]) == {"evaluation"}
     assert ask("models", "verify", "champion").succeeded().answer["verified"] is True
     back = ask("rollback", "--reason", "too few steps").succeeded().answer

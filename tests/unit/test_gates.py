@@ -10,7 +10,7 @@ import pytest
 
 from hvqd_model.metrics import KidParts
 from workflows.config import GateSettings
-from workflows.gates import GateResult, Growth, growth_of, judge
+from workflows.gates import CHECKS, GateResult, Growth, Inspection, growth_of, judge, table
 
 GOOD = {
     "psnr": 24.0,
@@ -21,7 +21,12 @@ GOOD = {
     "kid_marginals": 0.4,
     "class_accuracy_samples": 0.6,
     "class_shuffled_samples": 0.1,
+    "coverage_samples": 0.2,
+    "coverage_reconstructions": 0.8,
+    "nearest_train_samples": 36.0,
+    "nearest_train_heldout": 34.0,
 }
+INTACT = Inspection(dict.fromkeys(CHECKS), latency_seconds=1.0, memory_gib=2.0)
 GATES = GateSettings(
     min_psnr=23.0,
     min_codebook_usage=0.8,
@@ -29,7 +34,13 @@ GATES = GateSettings(
     max_kid_to_marginals=0.5,
     min_class_accuracy_to_chance=3.0,
     max_kid_regression=0.1,
+    min_coverage_to_reconstructions=0.2,
+    min_nearest_train_to_heldout=1.0,
+    licences=("MIT",),
 )
+FILES = {**dict.fromkeys((name for name in CHECKS if name != "licences"), False), "licences": None}
+FIGURES_ALONE = GATES.model_copy(update={**FILES, "max_latency_seconds": None, "max_memory_gib": None})
+"""The gates over figures of the evaluation."""
 
 
 PARTS = KidParts(within=1.0, across=(3.0, 5.0, 4.0), counts=(3, 4, 4), set_error=0.001)
@@ -42,8 +53,9 @@ def failed(results: list[GateResult]) -> list[str]:
 
 
 def test_every_setting_is_a_gate_in_its_order() -> None:
-    results = judge(GOOD, GATES, conditional=True, against_champion=True, growth=SAME)
-    assert [result.name for result in results] == list(GateSettings.model_fields) and len(results) == 7
+    results = judge(GOOD, GATES, conditional=True, against_champion=True, growth=SAME, inspection=INTACT)
+    asked = [name for name in GateSettings.model_fields if name != "file"]
+    assert [result.name for result in results] == asked and len(results) == 15
     assert failed(results) == []
 
 
@@ -56,10 +68,14 @@ def test_every_setting_is_a_gate_in_its_order() -> None:
         ("max_kid_to_untrained", {"kid_untrained": 0.24}),
         ("max_kid_to_marginals", {"kid_marginals": 0.19}),
         ("min_class_accuracy_to_chance", {"class_accuracy_samples": 0.29}),
+        ("min_coverage_to_reconstructions", {"coverage_samples": 0.159}),
+        ("min_nearest_train_to_heldout", {"nearest_train_samples": 33.9}),
     ],
 )
 def test_a_figure_below_what_is_asked_fails_its_gate_alone(gate: str, figures: dict[str, float]) -> None:
-    assert failed(judge({**GOOD, **figures}, GATES, conditional=True, against_champion=True, growth=SAME)) == [gate]
+    assert failed(judge({**GOOD, **figures}, FIGURES_ALONE, conditional=True, against_champion=True, growth=SAME)) == [
+        gate
+    ]
 
 
 def test_exactly_what_is_asked_holds() -> None:
@@ -88,18 +104,24 @@ def test_a_figure_that_is_missing_or_no_number_fails_every_gate_it_enters(name: 
         "kid_marginals": {"max_kid_to_marginals"},
         "class_accuracy_samples": {"min_class_accuracy_to_chance"},
         "class_shuffled_samples": {"min_class_accuracy_to_chance"},
+        "coverage_samples": {"min_coverage_to_reconstructions"},
+        "coverage_reconstructions": {"min_coverage_to_reconstructions"},
+        "nearest_train_samples": {"min_nearest_train_to_heldout"},
+        "nearest_train_heldout": {"min_nearest_train_to_heldout"},
     }
     growth = growth_of(figures, GOOD, PARTS, PARTS)
-    results = judge(figures, GATES, conditional=True, against_champion=True, growth=growth)
+    results = judge(figures, FIGURES_ALONE, conditional=True, against_champion=True, growth=growth)
     expected = enters[name] - ({REGRESSION[1]} if growth is not None else set())  # the champion's KID alone scales it
     assert set(failed(results)) == expected
 
 
 def test_gates_that_are_null_and_gates_that_do_not_apply_are_left_out() -> None:
-    nothing = GateSettings.model_validate(dict.fromkeys(GateSettings.model_fields))
+    nothing = GateSettings.model_validate(
+        {name: False if isinstance(field.default, bool) else None for name, field in GateSettings.model_fields.items()}
+    )
     assert judge({}, nothing, conditional=True, against_champion=True) == []
-    names = [result.name for result in judge(GOOD, GATES, conditional=False)]
-    assert "min_class_accuracy_to_chance" not in names and "max_kid_regression" not in names and len(names) == 4
+    names = [result.name for result in judge(GOOD, FIGURES_ALONE, conditional=False)]
+    assert "min_class_accuracy_to_chance" not in names and "max_kid_regression" not in names and len(names) == 6
 
 
 @pytest.mark.parametrize(
@@ -115,7 +137,7 @@ def test_gates_that_are_null_and_gates_that_do_not_apply_are_left_out() -> None:
 )
 def test_a_larger_kid_than_the_champions_is_growth_whatever_the_signs(new: float, old: float, growth: float) -> None:
     found = growth_of({"kid_samples": new}, {"kid_samples": old}, PARTS, PARTS)
-    result = judge(GOOD, GATES, conditional=True, against_champion=True, growth=found)[-2]
+    result = judge(GOOD, FIGURES_ALONE, conditional=True, against_champion=True, growth=found)[-2]
     assert result.name == "max_kid_regression" and result.value == pytest.approx(growth)
     assert result.passed == (result.value <= 0.1)
 
@@ -124,11 +146,11 @@ def test_a_baseline_without_distance_shows_nothing() -> None:
     for name in ("kid_untrained", "kid_marginals"):
         for value in (0.0, -0.1):
             gate = name.replace("kid_", "max_kid_to_")
-            assert failed(judge({**GOOD, name: value}, GATES, conditional=True)) == [gate]
+            assert failed(judge({**GOOD, name: value}, FIGURES_ALONE, conditional=True)) == [gate]
 
 
 def test_a_champion_judged_by_another_protocol_is_not_compared() -> None:
-    result, error = judge(GOOD, GATES, conditional=True, against_champion=True)[-2:]
+    result, error = judge(GOOD, FIGURES_ALONE, conditional=True, against_champion=True)[-2:]
     assert (result.name, result.value, result.passed) == ("max_kid_regression", None, False)
     assert (error.name, error.value, error.passed) == ("max_kid_regression_error", None, False)
     assert "judged by another protocol: `hvqd evaluate --model champion`" in result.as_text()
@@ -140,12 +162,14 @@ def test_a_comparison_that_is_not_sure_enough_is_refused() -> None:
     for parts, sure in ((PARTS, True), (noisy, False)):
         found = growth_of(GOOD, GOOD, parts, parts)
         assert found is not None and found.error == pytest.approx(parts.set_error * 2**0.5 / 0.1)
-        refused = failed(judge(GOOD, GATES, conditional=True, against_champion=True, growth=found))
+        refused = failed(judge(GOOD, FIGURES_ALONE, conditional=True, against_champion=True, growth=found))
         assert refused == ([] if sure else ["max_kid_regression_error"])
     unknown = growth_of(GOOD, GOOD, PARTS, None)
     assert unknown == Growth(0.0, None)
-    assert failed(judge(GOOD, GATES, conditional=True, against_champion=True, growth=unknown)) == [REGRESSION[1]]
-    indifferent = GATES.model_copy(update={"max_kid_regression": None})
+    assert failed(judge(GOOD, FIGURES_ALONE, conditional=True, against_champion=True, growth=unknown)) == [
+        REGRESSION[1]
+    ]
+    indifferent = FIGURES_ALONE.model_copy(update={"max_kid_regression": None})
     assert failed(judge(GOOD, indifferent, conditional=True, against_champion=True)) == []
 
 
@@ -164,3 +188,43 @@ def test_an_answer_is_one_line_for_people_and_json_for_records() -> None:
         "passed": False,
     }
     assert record[1]["value"] is None
+
+
+def test_a_check_that_was_not_made_or_found_something_fails_its_gate_alone() -> None:
+    for name in CHECKS:
+        broken = replace(INTACT, problems={**INTACT.problems, name: "prior/weights.safetensors has been changed"})
+        results = judge(GOOD, GATES, conditional=True, inspection=broken)
+        assert failed(results) == [name]
+        line = next(result.as_text() for result in results if result.name == name)
+        assert line == f"{name} fails: prior/weights.safetensors has been changed"
+    unseen = judge(GOOD, GATES, conditional=True)
+    assert failed(unseen) == [*CHECKS, "max_latency_seconds", "max_memory_gib"]
+    assert unseen[-3].as_text() == "smoke_test fails: was not looked at"
+    for slow in (replace(INTACT, latency_seconds=121.0), replace(INTACT, memory_gib=17.0)):
+        assert len(failed(judge(GOOD, GATES, conditional=True, inspection=slow))) == 1
+
+
+def test_intervals_are_shown_and_recorded_and_decide_nothing() -> None:
+    result = judge(GOOD, GATES, conditional=False, intervals={"psnr": (22.0, 26.0)})[0]
+    assert result.as_text() == "min_psnr holds: PSNR on test pictures, dB is 24 [22 to 26], at least 23 is asked"
+    assert result.as_json()["interval"] == [22.0, 26.0]
+    grown = judge(GOOD, FIGURES_ALONE, conditional=True, against_champion=True, growth=Growth(0.05, 0.02))[-2]
+    assert (
+        grown.interval == pytest.approx((0.0108, 0.0892))
+        and "interval" not in judge(GOOD, GATES, conditional=False)[1].as_json()
+    )
+
+
+def test_the_table_has_every_gate_in_a_line() -> None:
+    results = judge({**GOOD, "psnr": 20.0}, GATES, conditional=True, inspection=INTACT)
+    lines = table(results).splitlines()
+    assert len(lines) == 1 + len(results) and lines[0].split()[:3] == ["gate", "verdict", "value"]
+    assert lines[1].split()[:3] == ["min_psnr", "FAILS", "20"] and lines[2].split()[:3] == [
+        "min_codebook_usage",
+        "holds",
+        "0.9",
+    ]
+    assert lines[lines.index(next(line for line in lines if line.startswith("smoke_test")))].split()[1:3] == [
+        "holds",
+        "-",
+    ]
