@@ -4,7 +4,7 @@
 PYTHON_BIN := .venv/bin/python
 PYTEST := $(PYTHON_BIN) -m pytest
 
-.PHONY: run test test-unit test-long check install install-dev install-bench
+.PHONY: run test test-unit test-long check install install-dev install-text install-bench
 
 run: install
 	.venv/bin/hvqd run --preset tiny $(ARGS)
@@ -26,6 +26,9 @@ check: install-dev
 
 install:
 	@scripts/install.sh
+
+install-text:  # also what captions need: a tokenizer and the encoder all-MiniLM-L6-v2 (84 MB)
+	@scripts/install.sh text
 
 install-dev:
 	@scripts/install.sh dev

@@ -45,7 +45,7 @@ def load_model(folder: Path) -> Model:
     """The model of a local folder, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: a file is missing or damaged, or the weights are not the configuration's.
+        ValueError: a file is missing or damaged, or the weights are not the configuration's or not finite.
     """
     try:
         described = json.loads((folder / CONFIG).read_text())
@@ -65,6 +65,12 @@ def load_model(folder: Path) -> Model:
         raise ValueError(
             f"the weights at {folder} do not fit their configuration: {reason}\nhint: export or copy the model again"
         ) from error
+    broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ValueError(
+            f"the weights at {folder} are not all finite: {broken[0]}\n"
+            "hint: the training went wrong, see its alarms; train again with a lower learning rate"
+        )
     return model.eval()
 
 

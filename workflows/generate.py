@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from hvqd_model.codec.hierarchy import HierarchicalVQ
+from hvqd_model.prior.conditions import Conditions, known_conditions
+from hvqd_model.prior.guided import Guidance, Watcher
 from hvqd_model.prior.prior import HierarchicalPrior
 from workflows.config import SamplingSettings
 from workflows.training.precision import Precision, computing_in
@@ -61,30 +63,35 @@ def decode_codes(
 def draw_codes(
     prior: HierarchicalPrior,
     seeds: Sequence[int],
-    labels: Sequence[int],
+    asked: Sequence[int] | Conditions,
     sampling: SamplingSettings,
     progress: Callable[[int, int], None] | None = None,
+    watch: Watcher | None = None,
+    known: Sequence[NDArray[np.integer[Any]] | None] | None = None,
 ) -> tuple[NDArray[np.int64], ...]:
     """(n, h, w) codes of each level.
 
     Args:
         seeds: one signed 64-bit number a picture.
-        labels: the asked class of each picture, -1 for none; ignored by an unconditional prior.
+        asked: the class of each picture, -1 for none (ignored by a prior that knows no class), or all conditions.
         progress: called with (pictures done, n).
+        watch: shown the codes of the first pictures before every step; see `HierarchicalPrior.sample`.
+        known: (n, h, w) codes of levels that come back unchanged, None for the others.
 
     Raises:
-        ValueError: no picture, seeds and labels of different lengths, a class that the prior does not know.
+        ValueError: no picture, seeds and classes of different numbers, a condition that the prior does not know.
     """
-    if not seeds or len(seeds) != len(labels):
+    wanted = _asked(prior, asked)
+    if not seeds or len(seeds) != len(wanted.labels):
         raise ValueError(
-            f"seeds and labels must be as many, at least one: {len(seeds)} and {len(labels)}\n"
+            f"seeds and labels must be as many, at least one: {len(seeds)} and {len(wanted.labels)}\n"
             "hint: one seed and one class a picture"
         )
     total, batch = len(seeds), sampling.batch
-    conditional = bool(prior.config.classes)
+    guidance: Guidance = sampling.guidance if known_conditions(prior.config) else 1.0
     device = next(prior.parameters()).device
     keys = torch.tensor(list(seeds), dtype=torch.int64)
-    asked = torch.tensor(list(labels) if conditional else [-1] * total, dtype=torch.int64)
+    given = [None] * len(prior.config.grids) if known is None else [_tensor(level) for level in known]
     parts: list[list[NDArray[np.int64]]] = [[] for _ in prior.config.grids]
     for start in range(0, total, batch):
         here = min(batch, total - start)
@@ -93,34 +100,50 @@ def draw_codes(
             if progress is not None:
                 progress(start + here * step // steps, total)
 
+        def part(values: Tensor, start: int = start) -> Tensor:
+            return padded(values[start : start + batch], batch).to(device)
+
         codes = prior.sample(
-            padded(keys[start : start + batch], batch).to(device),
-            padded(asked[start : start + batch], batch).to(device),
+            part(keys),
+            wanted.each(part),
             steps=sampling.steps,
-            sampler=sampling.sampler,
-            guidance=sampling.guidance if conditional else 1.0,
+            sampler=sampling.gaussian_sampler if prior.config.noise == "gaussian" else sampling.sampler,
+            guidance=guidance,
             guidance_interval=sampling.guidance_interval,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             gumbel_scale=sampling.gumbel_scale,
+            eta=sampling.eta,
+            known=None if known is None else [None if level is None else part(level) for level in given],
             progress=report,
+            watch=watch if start == 0 else None,
         )
         for level, found in zip(parts, codes, strict=True):
             level.append(found[:here].cpu().numpy())
     return tuple(np.concatenate(level) for level in parts)
 
 
+def _asked(prior: HierarchicalPrior, asked: Sequence[int] | Conditions) -> Conditions:
+    if isinstance(asked, Conditions):
+        return asked
+    return Conditions(torch.tensor(list(asked) if prior.config.classes else [-1] * len(asked), dtype=torch.int64))
+
+
+def _tensor(codes: NDArray[np.integer[Any]] | None) -> Tensor | None:
+    return None if codes is None else torch.from_numpy(np.asarray(codes, dtype=np.int64))
+
+
 def draw_images(
     vq: HierarchicalVQ,
     prior: HierarchicalPrior,
     seeds: Sequence[int],
-    labels: Sequence[int],
+    asked: Sequence[int] | Conditions,
     sampling: SamplingSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pictures:
     """(n, H, W, 3) pictures; see `draw_codes`."""
-    return decode_codes(vq, draw_codes(prior, seeds, labels, sampling, progress), sampling.batch)
+    return decode_codes(vq, draw_codes(prior, seeds, asked, sampling, progress), sampling.batch)
 
 
 def image_grid(images: Pictures, columns: int, scale: int = 1) -> Image.Image:

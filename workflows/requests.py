@@ -28,14 +28,17 @@ def _settings(kind: str, config: RunConfig) -> dict[str, Any]:
         case "vq":
             return {"vq": _tokenizer(config), "seed": config.seed}
         case "codes":
-            precision = config.encode.precision
-            return {} if precision == "fp32" else {"precision": precision}
+            precision, latents = config.encode.precision, config.prior.model.noise == "gaussian"
+            return {
+                **({} if precision == "fp32" else {"precision": precision}),
+                **({"latents": True} if latents else {}),
+            }
         case "prior":
-            return {"prior": config.prior.model_dump(mode="json"), "seed": config.seed}
+            return {"prior": _prior(config), "seed": config.seed}
         case "evaluation":
             return {
                 "evaluation": config.evaluation.model_dump(mode="json"),
-                "sampling": config.sampling.model_dump(mode="json"),
+                "sampling": config.sampling.of_noise(config.prior.model.noise),
             }
         case "registration":
             return {"model_name": config.tracking.model_name}
@@ -55,6 +58,21 @@ def _tokenizer(config: RunConfig) -> dict[str, Any]:
         from workflows.feature_network import weights_digest  # torch, which a plan alone can do without
 
         train["perceptual_network"] = weights_digest(named)
+    return asked
+
+
+def _prior(config: RunConfig) -> dict[str, Any]:
+    """Stage 2's settings, without what is as it was before it could be set, and with the content of a named file."""
+    asked = config.prior.model_dump(mode="json")
+    if config.prior.model.noise != "gaussian":
+        del asked["model"]["gaussian"]
+    conditions, named = config.prior.model.conditions, asked.pop("text_encoder")
+    if conditions == ("class",):
+        del asked["model"]["conditions"]
+    if "text" in conditions and named is not None:
+        from workflows.text_encoder import encoder_digest, encoder_folder
+
+        asked["text_encoder"] = encoder_digest(encoder_folder(named))
     return asked
 
 

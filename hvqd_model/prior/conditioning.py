@@ -74,7 +74,6 @@ class Conditioning(nn.Module):
         self.level_time = nn.Linear(2 * _FREQUENCIES, width, bias=False)
         nn.init.normal_(self.class_embedding.weight, std=0.02)
         nn.init.zeros_(self.level_time.weight)
-        # Conditions come after what every prior has, so that a seed starts the same weights with and without them.
         self.style_embedding, self.text_in, self.text_out = None, None, None
         if config.styles:
             self.style_embedding = nn.Embedding(len(config.styles) + 1, width)  # the last row: no style

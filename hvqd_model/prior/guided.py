@@ -1,7 +1,7 @@
 """The network as samplers see it: predictions of the clean codes, guided by what was asked for.
 
-One number s guides all conditions together: u + s (c - u), on log-probabilities, with c given all conditions and u given
-none (Ho and Salimans, arXiv:2207.12598). A number for each condition adds up what each alone changes,
+One number s guides all conditions together: u + s (c - u), on log-probabilities, with c given all conditions and u
+given none (Ho and Salimans, arXiv:2207.12598). A number for each condition adds up what each alone changes,
 u + sum_i s_i (c_i - u): the conjunction of Liu et al., arXiv:2206.01714, eq. 11, exact where the conditions are
 independent given the picture. It costs a pass for each condition; equal to the first form for a single one.
 

@@ -31,10 +31,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hvqd_model.prior.conditions import Conditions
 from hvqd_model.randomness import derive_key
 from infra.errors import EnvironmentFailure, InputError
 from infra.storage import Store
 from workflows.artifacts import MANIFEST, Manifest
+from workflows.data.columns import ConditionColumns
+from workflows.latents import read_latents
 
 Array = np.ndarray[Any, Any]
 
@@ -122,7 +125,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HVQD_CACHE") or Path.home() / ".cache" / "hvqd")
 
 
-def _cached(key: str, make: Callable[[Path], None]) -> Path:
+def cached_entry(key: str, make: Callable[[Path], None]) -> Path:
     """The folder of a cache entry, made now if there is none; of several processes that ask at once, one makes it."""
     target = cache_folder() / key
     if target.is_dir():
@@ -153,8 +156,8 @@ def _make_entry(target: Path, make: Callable[[Path], None]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _cache_key(manifest: Manifest, names: list[str]) -> str:
-    lines = [manifest.kind, *(manifest.files[name].sha256 for name in names)]
+def _cache_key(manifest: Manifest, names: list[str], variant: str) -> str:
+    lines = [manifest.kind, *(manifest.files[name].sha256 for name in names), *([variant] if variant else [])]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -193,7 +196,7 @@ class ImageTable:
             for row, encoded in enumerate(table["image"], first):
                 arrays[0][row] = np.asarray(Image.open(io.BytesIO(encoded.as_py())).convert("RGB"))
 
-        rows, (images,) = _decoded(
+        rows, (images,) = decoded_split(
             store, manifest, split, [((height, width, 3), np.dtype(np.uint8))], fill, with_captions=True
         )
         return cls(
@@ -227,10 +230,17 @@ class CodeTable:
     """(N,) strings."""
     codes: tuple[Array, ...]
     """(N, h, w) int32 of each level, coarse first, mapped from the cache."""
+    more: ConditionColumns | None = None
+    """What the rows are beside their class, for a prior that is told so."""
+    latents: tuple[Array, ...] = ()
+    """(N, h, w, C) float16 of each level, mapped from the cache; empty unless they were asked for."""
 
     @classmethod
-    def open(cls, store: Store, manifest: Manifest, split: str) -> CodeTable:
+    def open(cls, store: Store, manifest: Manifest, split: str, *, with_latents: bool = False) -> CodeTable:
         """The table of a split; empty when the split has no rows.
+
+        Args:
+            with_latents: whether the latents behind the codes are wanted too; they must be there.
 
         Raises:
             InputError: a shard is missing or damaged (named).
@@ -238,19 +248,34 @@ class CodeTable:
         grids = [tuple(int(side) for side in grid) for grid in manifest.facts["grids"]]
 
         def fill(arrays: Sequence[Array], table: pa.Table, first: int) -> None:
-            for level, array in enumerate(arrays):
+            for level, grid in enumerate(grids):
                 flat = pc.list_flatten(table[f"codes_{level}"]).to_numpy()
-                array[first : first + table.num_rows] = flat.reshape(-1, *grids[level])
+                arrays[level][first : first + table.num_rows] = flat.reshape(-1, *grid)
+            for level, shape in enumerate(latent_shapes):
+                arrays[len(grids) + level][first : first + table.num_rows] = read_latents(table, level, shape)
 
-        rows, codes = _decoded(
-            store, manifest, split, [(grid, np.dtype(np.int32)) for grid in grids], fill, with_captions=False
+        latent_shapes: list[tuple[int, ...]] = []
+        if with_latents:
+            latent_shapes = [(*grid, int(dim)) for grid, dim in zip(grids, manifest.facts["code_dim"], strict=True)]
+        rows, arrays = decoded_split(
+            store,
+            manifest,
+            split,
+            [
+                *((grid, np.dtype(np.int32)) for grid in grids),
+                *((shape, np.dtype(np.float16)) for shape in latent_shapes),
+            ],
+            fill,
+            with_captions=False,
+            variant="latents" if with_latents else "",
         )
         return cls(
             ids=_strings(rows["id"]),
             labels=rows["label"].to_numpy(),
             styles=_strings(rows["style"]),
             groups=_strings(rows["group"]),
-            codes=tuple(codes),
+            codes=tuple(arrays[: len(grids)]),
+            latents=tuple(arrays[len(grids) :]),
         )
 
     def __len__(self) -> int:
@@ -260,8 +285,17 @@ class CodeTable:
         """(n, h, w) int64 codes of each level."""
         return tuple(torch.from_numpy(level[indices].astype(np.int64)) for level in self.codes)
 
+    def latent_batch(self, indices: Array) -> tuple[Tensor, ...]:
+        """(n, h, w, C) float32 latents of each level."""
+        return tuple(torch.from_numpy(level[indices].astype(np.float32)) for level in self.latents)
 
-def _decoded(
+    def conditions(self, indices: Array) -> Tensor | Conditions:
+        """(n,) int64 classes, or all conditions of the rows."""
+        labels = torch.as_tensor(self.labels[indices], dtype=torch.int64)
+        return labels if self.more is None else self.more.batch(labels, indices)
+
+
+def decoded_split(
     store: Store,
     manifest: Manifest,
     split: str,
@@ -269,12 +303,14 @@ def _decoded(
     fill: Callable[[Sequence[Array], pa.Table, int], None],
     *,
     with_captions: bool,
+    variant: str = "",
 ) -> tuple[pa.Table, list[Array]]:
     """A split's describing columns and its arrays (N, *shape), from the cache or decoded into it now.
 
     Args:
         shapes: shape of a row, and type, of each array.
         fill: writes a shard's rows into the arrays from a row on.
+        variant: tells entries apart that hold other arrays of the same shards.
     """
     names = shard_names(manifest, split)
     count = int(manifest.facts["rows"].get(split, 0)) if names else 0
@@ -298,7 +334,7 @@ def _decoded(
         for array in arrays:
             array.flush()
 
-    folder = _cached(_cache_key(manifest, names), make)
+    folder = cached_entry(_cache_key(manifest, names, variant), make)
     try:
         rows = pq.read_table(folder / "rows.parquet")
         arrays = [np.load(folder / f"array-{number}.npy", mmap_mode="r") for number in range(len(shapes))]

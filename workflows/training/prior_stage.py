@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvqd_model.codec.quantizer import CodebookStatistics
+from hvqd_model.prior.conditions import Conditions
 from hvqd_model.prior.prior import HierarchicalPrior
 from hvqd_model.randomness import derive_key, split_keys, uniform
 from workflows.config import TrainSettings
@@ -24,19 +25,23 @@ _VALIDATION_DRAWS = 4
 
 
 class PriorObjective(nn.Module):
-    """The prior's loss; in evaluation, the true bound in bits a code."""
+    """The prior's loss; in evaluation, the true bound in bits a code, or the errors of a Gaussian prior."""
 
     def __init__(self, model: HierarchicalPrior, precision: Precision) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
 
-    def forward(self, codes: tuple[Tensor, ...], labels: Tensor, times: Tensor, keys: Tensor) -> ObjectiveOutput:
-        """The loss of (B, h, w) codes of each level."""
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+    def forward(
+        self, codes: tuple[Tensor, ...], labels: Tensor | Conditions, times: Tensor, keys: Tensor
+    ) -> ObjectiveOutput:
+        """The loss of (B, h, w) codes of each level, or of (B, h, w, C) latents."""
+        with torch.autocast(keys.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if self.training:
                 output = self.model(codes, labels, times, keys)
                 return ObjectiveOutput(output.loss, output.metrics)
+            if self.model.config.noise == "gaussian":
+                return self._errors(self.model.errors(codes, labels, keys, _VALIDATION_DRAWS))
             bits = self.model.bits(codes, labels, keys, _VALIDATION_DRAWS)
         metrics = {
             f"bits_{level}": found.mean() / size
@@ -44,6 +49,13 @@ class PriorObjective(nn.Module):
         }
         total = torch.stack([found.mean() for found in bits]).sum()
         return ObjectiveOutput(total, {**metrics, "bits_total": total})
+
+    def _errors(self, errors: tuple[Tensor, ...]) -> ObjectiveOutput:
+        """Mean squared errors of what is predicted: of each level, and of all tokens together."""
+        means = [found.mean() for found in errors]
+        total = sum(mean * size for mean, size in zip(means, self.model.sizes, strict=True)) / self.model.config.tokens
+        assert isinstance(total, Tensor)
+        return ObjectiveOutput(total, {**{f"error_{level}": mean for level, mean in enumerate(means)}, "error": total})
 
 
 class PriorStage:
@@ -77,7 +89,7 @@ class PriorStage:
         return Watch("prior", self.settings, None)
 
     def batch(self, position: Position) -> tuple[Any, ...]:
-        """Codes, labels, low-discrepancy times (science: (u + i/B) mod 1) and keys."""
+        """Codes, conditions, low-discrepancy times (science: (u + i/B) mod 1) and keys."""
         indices = batch_indices(len(self.train), self._key, position.first, position.count)
         places = torch.arange(position.first, position.first + position.count, dtype=torch.int64)
         shift = uniform(torch.tensor([position.images_seen]), stream=derive_key(self._key, "times"))
@@ -85,8 +97,9 @@ class PriorStage:
         return *self._codes(self.train, indices), (shift + spread) % 1.0, split_keys(places, self._key)
 
     @staticmethod
-    def _codes(table: CodeTable, indices: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        return table.batch(indices), torch.as_tensor(table.labels[indices], dtype=torch.int64)
+    def _codes(table: CodeTable, indices: Any) -> tuple[tuple[Tensor, ...], Tensor | Conditions]:
+        levels = table.latent_batch(indices) if table.latents else table.batch(indices)
+        return levels, table.conditions(indices)
 
     def before_step(self, engine: Engine, images_seen: int) -> dict[str, float]:
         """Nothing happens outside the loss."""
@@ -101,7 +114,8 @@ class PriorStage:
         return {}
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        """The bound on validation codes, bits a code of each level and bits an image; same noise every time."""
+        """The bound on validation codes, bits a code of each level and bits an image, or the errors of a Gaussian prior;
+        the same noise every time."""
         unit = self.settings.micro_batch
         count = min(len(self.validation), _VALIDATION_IMAGES)
         batches = math.ceil(count / (unit * engine.world))
@@ -120,3 +134,10 @@ class PriorStage:
     def after_evaluation(self, figures: dict[str, float]) -> dict[str, float]:
         """Nothing follows from them."""
         return {}
+
+    def interval(self) -> dict[str, Any]:
+        """Nothing is gathered."""
+        return {}
+
+    def load_interval(self, gathered: dict[str, Any]) -> None:
+        """Nothing was gathered."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvqd_model.codec.quantizer import CodebookStatistics
+from hvqd_model.prior.conditions import Conditions
 from workflows.config import TrainSettings
 from workflows.training.alarms import Watch
 from workflows.training.engine import Engine
@@ -116,6 +117,12 @@ class Stage(Protocol):
     def after_evaluation(self, figures: dict[str, float]) -> dict[str, float]:
         """Called with what `evaluate` found, on every rank; returns what else is worth recording, usually nothing."""
 
+    def interval(self) -> dict[str, Any]:
+        """JSON values of what an unfinished logging interval has gathered, the same on all ranks."""
+
+    def load_interval(self, gathered: dict[str, Any]) -> None:
+        """Go on with what `interval` told; nothing begins the interval anew."""
+
 
 def learning_rate_at(images_seen: int, settings: TrainSettings) -> float:
     """The learning rate of the step that begins at `images_seen`: linear warm-up, plateau, cosine."""
@@ -138,7 +145,7 @@ class RunningMean:
         """Count one more value of each metric."""
         for name, value in metrics.items():
             value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, Tensor]:
@@ -147,11 +154,27 @@ class RunningMean:
         self.sums, self.counts = {}, {}
         return means
 
+    def state(self) -> dict[str, Any]:
+        """JSON values of what this rank has gathered."""
+        return {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": dict(self.counts)}
+
+    def load(self, ranks: list[dict[str, Any]], rank: int, world: int) -> None:
+        """Go on from every rank's `state`: from the own one, or with another number of ranks from their mean."""
+        self.sums, self.counts = {}, {}
+        if not ranks:
+            return
+        self.counts = dict(ranks[0]["counts"])
+        for name in self.counts:
+            own = ranks[rank]["sums"][name] if len(ranks) == world else sum(r["sums"][name] for r in ranks) / len(ranks)
+            self.sums[name] = torch.tensor(own, dtype=torch.float64)
+
 
 def place_on(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
     """Tensors (and tuples of tensors) on the device; copies overlap with computing on a GPU."""
 
     def move(value: Any) -> Any:
+        if isinstance(value, Conditions):
+            return value.each(move)
         if isinstance(value, tuple):
             return tuple(move(item) for item in value)
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

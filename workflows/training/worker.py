@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,15 @@ import torch
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.config import PriorConfig
 from hvqd_model.export import load_model, save_model
+from hvqd_model.prior.latents import LatentStatistics
 from hvqd_model.prior.prior import HierarchicalPrior
 from hvqd_model.randomness import derive_key
 from infra.storage import Store
 from workflows.artifacts import read_manifest
 from workflows.config import RunConfig, TrainSettings
 from workflows.data.batches import CodeTable, ImageTable
+from workflows.data.conditions import ConditionSource
+from workflows.latents import statistics_of
 from workflows.training.alarms import Alarm, find_alarms
 from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.judges import build_judges
@@ -116,25 +120,47 @@ def build_stage(job: TrainingJob, device: torch.device) -> VQStage | PriorStage:
         judges = build_judges(config.vq.train, config.seed, precision, device)
         return VQStage(model, config.vq.train, config.seed, precision, images[0], images[1], judges)
     manifest = read_manifest(job.root.child("codes"), "hvqd encode")
-    codes = [CodeTable.open(job.root.child("codes"), manifest, split) for split in ("train", "val")]
-    prior = build_prior(job.root, config)
+    statistics = statistics_of(manifest) if config.prior.model.noise == "gaussian" else None
+    codes = [
+        CodeTable.open(job.root.child("codes"), manifest, split, with_latents=statistics is not None)
+        for split in ("train", "val")
+    ]
+    prior, codes = build_prior(job.root, config, codes, device, statistics)
     return PriorStage(prior, config.prior.train, config.seed, precision, codes[0], codes[1])
 
 
-def build_prior(root: Store, config: RunConfig) -> HierarchicalPrior:
-    """A prior with fresh weights for the root's tokenizer and classes."""
+def build_prior(
+    root: Store,
+    config: RunConfig,
+    codes: list[CodeTable],
+    device: torch.device,
+    statistics: Sequence[LatentStatistics] | None = None,
+) -> tuple[HierarchicalPrior, list[CodeTable]]:
+    """A prior with fresh weights for the root's tokenizer and conditions, and the codes with their conditions.
+
+    Args:
+        codes: of the training and the validation split.
+        device: where captions are embedded.
+        statistics: of the latents, for a Gaussian prior.
+
+    Raises:
+        InputError: the data has none of a condition that the prior shall be told.
+    """
     with tempfile.TemporaryDirectory(prefix="hvqd-model-") as scratch:
         vq = load_model(root.child("vq", "model").download_folder(Path(scratch)))
     assert isinstance(vq, HierarchicalVQ)
-    dataset = read_manifest(root.child("dataset"), "hvqd data build")
+    dataset, names = read_manifest(root.child("dataset"), "hvqd data build"), config.prior.model.conditions
+    source = ConditionSource(root.child("dataset"), dataset, vq.config, names, config.prior.text_encoder, str(device))
+    more = [source.columns(split, table) for split, table in zip(("train", "val"), codes, strict=True)]
     prior_config = PriorConfig(
         **config.prior.model.model_dump(),
         grids=vq.config.grids,
         codebook_sizes=vq.config.codebook_sizes,
         code_dim=vq.config.code_dims,
-        classes=tuple(dataset.facts["classes"]),
+        **source.described(more[0]),
     )
-    return HierarchicalPrior(prior_config, vq.codebooks)
+    told = [replace(table, more=columns) for table, columns in zip(codes, more, strict=True)]
+    return HierarchicalPrior(prior_config, vq.codebooks, statistics), told
 
 
 def export(
