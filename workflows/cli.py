@@ -278,12 +278,20 @@ def sample(
     model: Annotated[str | None, typer.Option("--model", help="Model folder or version; default the champion.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps of the reverse process.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="confidence, ancestral or purity.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option("--sampler", help="confidence, ancestral, purity; Gaussian: ddpm, ddim, dpm-solver++, heun."),
+    ] = None,
 ) -> None:
     """Draw pictures; the same seed gives the same pictures, however many are asked for."""
     from workflows.sample_command import SampleRequest, draw_grid
 
-    for key, value in (("steps", steps), ("guidance", guidance), ("sampler", sampler)):
+    of_latents = sampler in ("ddpm", "ddim", "dpm-solver++", "heun")
+    for key, value in (
+        ("steps", steps),
+        ("guidance", guidance),
+        ("gaussian_sampler" if of_latents else "sampler", sampler),
+    ):
         if value is not None:
             job.overrides.append(f"sampling.{key}={value}")
     config = job.config  # before a log is begun: what is wrong with it leaves nothing behind

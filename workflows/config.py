@@ -6,7 +6,7 @@ keys serve the command line, the search space and the search's `best.yaml`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 

@@ -1,6 +1,7 @@
 """Step 3: the pictures of `dataset/` become codes, once, so that the prior never runs the tokenizer.
 
-Every dataset shard has its shard of codes, row for row. Pictures go through the network in batches of one fixed size,
+Every dataset shard has its shard of codes, row for row; for a Gaussian prior also the latents behind them, with their
+statistics over the training split. Pictures go through the network in batches of one fixed size,
 cut at fixed rows and padded, on one thread: a picture's codes depend neither on the number of workers nor on where an
 interrupted job stopped. Finished parts of a shard are kept aside and are not done again.
 
@@ -42,6 +43,7 @@ from workflows.data.batches import read_shards, shard_names, to_input
 from workflows.data.distributed import Summary, map_units
 from workflows.data.shards import STAGING, clear_stale, finished_shards, mark_finished, to_parquet
 from workflows.data.splits import SPLITS
+from workflows.latents import FACT, gathered_statistics, latent_columns, write_sums
 from workflows.requests import request_of
 from workflows.training.precision import Precision, choose_precision, computing_in
 
@@ -79,10 +81,13 @@ def encode_dataset(context: Context) -> Manifest:
     names = [name for split in SPLITS for name in shard_names(dataset, split)]
     total = sum(int(count) for count in dataset.facts["rows"].values())
     waiting = [name for name in names if name not in entries]
-    setting = context.config.encode.precision
+    setting, with_latents = context.config.encode.precision, context.config.prior.model.noise == "gaussian"
     done, speed = 0, _Speed()
     jobs = map_units(
-        lambda: _Encoder(root, dataset, vq, staging, store, setting), waiting, context.config.compute, on_gpus=True
+        lambda: _Encoder(root, dataset, vq, staging, store, setting, with_latents),
+        waiting,
+        context.config.compute,
+        on_gpus=True,
     )
     for summary in jobs:
         speed.add(summary)
@@ -96,6 +101,8 @@ def encode_dataset(context: Context) -> Manifest:
         "code_dim": list(model.config.code_dims),
         "classes": list(dataset.facts["classes"]),
     }
+    if with_latents:
+        facts = {**facts, FACT: gathered_statistics(staging, shard_names(dataset, "train"), model.config.levels)}
     digests = {name: parent.digest for name, parent in parents.items()}
     provenance = {"seconds": round(time.monotonic() - started, 1), "encoded_now": done, **speed.figures}
     manifest = write_manifest(
@@ -176,15 +183,29 @@ def encode_batches(
 
     The network sees `batch` pictures at a time; the last batch is padded with its own last picture.
     """
+    return encode_latents(model, pixels, device, precision, batch)[0]
+
+
+def encode_latents(
+    model: HierarchicalVQ,
+    pixels: np.ndarray[Any, Any],
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    batch: int = BATCH,
+) -> tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
+    """The codes as `encode_batches` gives them, and the (N, h, w, C) float32 latents behind them."""
     found: list[list[np.ndarray[Any, Any]]] = []
+    behind: list[list[np.ndarray[Any, Any]]] = []
     with torch.no_grad():
         for first in range(0, len(pixels), batch):
             rows = pixels[first : first + batch]
             padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
             with computing_in(precision, torch.device(device)):
-                codes = model.encode(to_input(padded).to(device))
+                codes, latents = model.encode_with_latents(to_input(padded).to(device))
             found.append([level[: len(rows)].cpu().numpy().astype(np.int32) for level in codes])
-    return [np.concatenate(level) for level in zip(*found, strict=True)]
+            behind.append([level[: len(rows)].cpu().numpy() for level in latents])
+    both = [[np.concatenate(level) for level in zip(*parts, strict=True)] for parts in (found, behind)]
+    return both[0], both[1]
 
 
 @dataclass
@@ -197,6 +218,7 @@ class _Encoder:
     staging: Store
     store: Store
     setting: Literal["auto", "fp32", "bf16"] = "fp32"
+    with_latents: bool = False
     seconds: float = 0.0
     """What the network took for `encoded` pictures of the present shard."""
     encoded: int = 0
@@ -210,7 +232,7 @@ class _Encoder:
         self.model = load_tokenizer(self.root, self.vq).to(self.device)
 
     def __call__(self, name: str) -> Summary:
-        """Write the codes of one dataset shard under the same name."""
+        """Write the codes of one dataset shard under the same name, and the sums of its latents if they are kept."""
         self.seconds, self.encoded = 0.0, 0
         (table,) = read_shards(self.root.child("dataset"), self.dataset, [name])
         parts = [self._part(name, table, first) for first in range(0, table.num_rows, PART_ROWS)]
@@ -218,6 +240,8 @@ class _Encoder:
         codes = pa.concat_tables(parts).combine_chunks()
         for level in codes.column_names:
             described = described.append_column(level, codes[level])
+        if self.with_latents:
+            write_sums(self.staging, name, codes, self.model.config.code_dims)
         note = mark_finished(self.store, self.staging, name, to_parquet(described), described.num_rows)
         return {**note, "seconds": self.seconds, "encoded": self.encoded, "precision": self.precision}
 
@@ -232,11 +256,11 @@ class _Encoder:
         pixels = np.stack([np.asarray(Image.open(io.BytesIO(content.as_py())).convert("RGB")) for content in encoded])
         columns = {}
         started = time.perf_counter()
-        found = encode_batches(self.model, pixels, self.device, self.precision)
+        found, latents = encode_latents(self.model, pixels, self.device, self.precision)
         self.seconds, self.encoded = self.seconds + time.perf_counter() - started, self.encoded + len(pixels)
         for level, codes in enumerate(found):
             flat = pa.array(codes.reshape(-1), pa.int32())
             columns[f"codes_{level}"] = pa.FixedSizeListArray.from_arrays(flat, codes[0].size)
-        made = pa.table(columns)
+        made = pa.table({**columns, **(latent_columns(latents) if self.with_latents else {})})
         self.staging.write_bytes(part, to_parquet(made))
         return made

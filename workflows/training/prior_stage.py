@@ -114,8 +114,10 @@ class PriorStage:
         return {}
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        """The bound on validation codes, bits a code of each level and bits an image, or the errors of a Gaussian prior;
-        the same noise every time."""
+        """The bound on validation codes, bits a code of each level and bits an image; same noise every time.
+
+        A Gaussian prior has the errors of what it predicts instead.
+        """
         unit = self.settings.micro_batch
         count = min(len(self.validation), _VALIDATION_IMAGES)
         batches = math.ceil(count / (unit * engine.world))
