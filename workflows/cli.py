@@ -13,6 +13,8 @@ import typer
 
 from infra.secrets import mask
 from tuning.commands import doctor, tune_app
+from workflows.checkpoints_commands import checkpoints_app
+from workflows.drawing_commands import edit_app, interpolate, sample
 from workflows.job import Job, exit_status, with_options
 from workflows.launch_commands import add_launch_commands
 from workflows.models_commands import models_app
@@ -36,7 +38,9 @@ app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(config_app, name="config")
 app.add_typer(models_app, name="models")
+app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(codes_app, name="codes")
+app.add_typer(edit_app, name="edit")
 app.add_typer(tune_app, name="tune")
 app.command("doctor")(doctor)
 
@@ -266,44 +270,8 @@ def report(job: Job) -> None:
 # ---- use ----
 
 
-@app.command("sample")
-@with_options
-def sample(
-    job: Job,
-    out: Annotated[Path, typer.Option("--out", help="PNG file of the grid; a JSON file beside it reproduces it.")],
-    count: Annotated[int, typer.Option("-n", help="How many pictures.")] = 16,
-    label: Annotated[
-        str | None, typer.Option("--class", help="Class name; without it, classes as in the data.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model folder or version; default the champion.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the reverse process.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option("--sampler", help="confidence, ancestral, purity; Gaussian: ddpm, ddim, dpm-solver++, heun."),
-    ] = None,
-) -> None:
-    """Draw pictures; the same seed gives the same pictures, however many are asked for."""
-    from workflows.sample_command import SampleRequest, draw_grid
-
-    of_latents = sampler in ("ddpm", "ddim", "dpm-solver++", "heun")
-    for key, value in (
-        ("steps", steps),
-        ("guidance", guidance),
-        ("gaussian_sampler" if of_latents else "sampler", sampler),
-    ):
-        if value is not None:
-            job.overrides.append(f"sampling.{key}={value}")
-    config = job.config  # before a log is begun: what is wrong with it leaves nothing behind
-    request = SampleRequest(count, label, model, job.seed or 0, out)
-    if job.dry_run:
-        job.answer({"status": 0, "plan": request.as_json(config)}, f"would draw {count} pictures to {out}")
-        return
-    job.quiet()
-    written = draw_grid(request, config, job.progress)
-    job.answer({"status": 0, **written}, f"{written['image']}\n{written['recipe']}")
-
-
+app.command("sample")(sample)
+app.command("interpolate")(interpolate)
 app.command("reconstruct")(reconstruct)
 
 

@@ -67,7 +67,8 @@ def test_a_refusing_gate_is_named_recorded_and_keeps_the_champion(finished_run: 
     (record,) = [json.loads(path.read_text()) for path in set(audit.glob("*.json")) - before]
     gates = {gate["gate"]: gate["passed"] for gate in record["gates"]}
     assert (record["action"], record["version"], record["champion"]) == ("refuse", "1", "1")
-    assert gates == {"min_psnr": False, "min_codebook_usage": True}
+    files = {"bundle_integrity": True, "lineage_complete": True}
+    assert gates == {"min_psnr": False, "min_codebook_usage": True, **files}
     assert _aliases(root)["champion"] == "1"
 
 
@@ -80,9 +81,9 @@ def test_a_run_killed_in_the_middle_of_each_step_ends_like_an_undisturbed_one(
     root = tmp_path / "run"
     in_the_middle = {
         "dataset": "dataset/staging/*/unit-*.parquet",
-        "vq": "vq/checkpoints/*320-w2/manifest.json",
+        "vq": "vq/checkpoints/*320-b0-w2-*/manifest.json",
         "codes": "codes/staging/*/part-*.parquet",
-        "prior": "prior/checkpoints/*320-w2/manifest.json",
+        "prior": "prior/checkpoints/*320-b0-w2-*/manifest.json",
         "evaluation": "evaluation/parts/*",
         "registration": "mlartifacts/*/artifacts/model/*",
     }
@@ -105,7 +106,7 @@ def test_a_killed_worker_is_replaced_and_the_training_ends_as_if_nothing_had_bee
 ) -> None:
     root = _copy(finished_run, tmp_path, "dataset", "vq", "codes")
     with _started(root, finished_run, "train", "prior") as process:
-        _await(process, "a checkpoint", lambda: any(root.glob("prior/checkpoints/*320-w2/manifest.json")))
+        _await(process, "a checkpoint", lambda: any(root.glob("prior/checkpoints/*320-b0-w2-*/manifest.json")))
         workers = [pid for pid, command in _marked(process).items() if command.startswith("ray::RayTrainWorker")]
         assert len(workers) == 2
         os.kill(workers[0], signal.SIGKILL)
@@ -126,7 +127,7 @@ def test_an_interrupted_training_says_so_everywhere_leaves_no_process_and_goes_o
     root = _copy(finished_run, tmp_path, "dataset")
     signs: dict[signal.Signals, Callable[[], bool]] = {
         signal.SIGTERM: lambda: (root / "vq" / "ray").is_dir(),  # Ray is up, with signal handlers of its own
-        signal.SIGINT: lambda: any(root.glob("vq/checkpoints/*320-w2/manifest.json")),
+        signal.SIGINT: lambda: any(root.glob("vq/checkpoints/*320-b0-w2-*/manifest.json")),
     }
     for number, sign in signs.items():
         with _started(root, finished_run, "train", "vq") as process:

@@ -4,57 +4,85 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from infra.errors import InputError
+from infra.errors import EnvironmentFailure
 from infra.storage import Store, open_store
 from tests.tiny_training import GLOBAL_BATCH, prior_settings
-from workflows.artifacts import MANIFEST
+from workflows.artifacts import MANIFEST, digest_of
+from workflows.training.catalog import COMPANION, SHARED
 from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.loop import TrainState
 from workflows.training.plain import PlainEngine
+from workflows.training.retention import Retention
 
-FILE = "plain.pt"
-
-
-class OfManyWorkers(PlainEngine):
-    """An engine that says it is one of three."""
-
-    world = 3
+FILE = "rank-00000.safetensors"
 
 
-def engine(value: float, kind: type[PlainEngine] = PlainEngine) -> PlainEngine:
-    module = nn.Linear(2, 2, bias=False)
-    nn.init.constant_(module.weight, value)
-    return kind(module, prior_settings(1), torch.device("cpu"))
+class Partner:
+    """Something trained beside the engine: one number."""
+
+    def __init__(self, value: float) -> None:
+        self.value = torch.tensor(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "steps": 3}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def engine(value: float) -> PlainEngine:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+    nn.init.constant_(module[0].weight, value)
+    module[1].running_mean.fill_(value)
+    return PlainEngine(module, prior_settings(1), torch.device("cpu"))
 
 
 def value_of(found: PlainEngine) -> float:
     return float(found.parameters[0].detach().mean())
 
 
-def name_of(step: int) -> str:
-    return f"{step * GLOBAL_BATCH:012d}-w1"
+def prefix_of(step: int) -> str:
+    return f"{step * GLOBAL_BATCH:012d}-b0-w1-"
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> StoreCheckpoints:
-    """Those of steps 1, 2 and 3; the weights are the number of the step."""
-    found = StoreCheckpoints(open_store(str(tmp_path / "checkpoints")), "request", keep=3)
-    for step in (1, 2, 3):
+def folder_of(checkpoints: StoreCheckpoints, step: int) -> Store:
+    (name,) = [name for name in checkpoints.store.children() if name.startswith(prefix_of(step))]
+    return checkpoints.store.child(name)
+
+
+def steps_of(checkpoints: StoreCheckpoints) -> list[int]:
+    return [int(name[:12]) // GLOBAL_BATCH for name in checkpoints.store.children()]
+
+
+def saved(folder: Path, steps: tuple[int, ...] = (1, 2, 3)) -> StoreCheckpoints:
+    found = StoreCheckpoints(open_store(str(folder)), "request", keep=3)
+    for step in steps:
+        found.companion = Partner(step / 2)
         history = [{"images": index * GLOBAL_BATCH, "loss": 0.5} for index in range(step)]
         found.save(engine(step), TrainState(step * GLOBAL_BATCH, history))
     return found
 
 
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> StoreCheckpoints:
+    """Those of steps 1, 2 and 3; the weights are the number of the step, the partner half of it."""
+    return saved(tmp_path / "checkpoints")
+
+
 def restored(checkpoints: StoreCheckpoints) -> tuple[float, TrainState]:
-    found = engine(-1)
+    found, partner = engine(-1), Partner(-1)
+    checkpoints.companion = partner
     state = checkpoints.restore(found)
+    assert float(partner.value) == (value_of(found) / 2 if state.images_seen else -1)
     return value_of(found), state
 
 
@@ -70,74 +98,121 @@ def test_an_empty_or_absent_folder_begins_anew(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
-def truncate(folder: Store) -> None:
-    folder.write_bytes(FILE, folder.read_bytes(FILE)[:-1])
+# ---- damage ----
+
+Damage = Callable[[Store, Store], None]
 
 
-def flip(folder: Store) -> None:
-    content = bytearray(folder.read_bytes(FILE))
-    content[len(content) // 2] ^= 1
-    folder.write_bytes(FILE, bytes(content))
+def every_damage() -> Iterator[tuple[str, str, Damage]]:
+    """What is done to a checkpoint's folder (the older one is at hand), what it is called, and the file named."""
+
+    def truncated(file: str, share: float) -> Damage:
+        def apply(folder: Store, older: Store) -> None:
+            content = folder.read_bytes(file)
+            folder.write_bytes(file, content[: min(int(len(content) * share), len(content) - 2)])
+
+        return apply
+
+    def flipped(file: str, share: float) -> Damage:
+        def apply(folder: Store, older: Store) -> None:
+            content = bytearray(folder.read_bytes(file))
+            content[min(int(len(content) * share), len(content) - 1)] ^= 1
+            folder.write_bytes(file, bytes(content))
+
+        return apply
+
+    def swapped(file: str) -> Damage:
+        return lambda folder, older: folder.write_bytes(file, older.read_bytes(file))
+
+    def exchanged(folder: Store, older: Store) -> None:
+        contents = [folder.read_bytes(name) for name in (FILE, SHARED)]
+        folder.write_bytes(SHARED, contents[0])
+        folder.write_bytes(FILE, contents[1])
+
+    for file in (FILE, SHARED, COMPANION, MANIFEST):
+        for share in (0.0, 0.1, 0.25, 0.5, 1.0):
+            yield f"{file} truncated to {share:g}", file, truncated(file, share)
+        for share in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
+            yield f"{file} flipped at {share:g}", file, flipped(file, share)
+        if file != MANIFEST:
+            yield f"{file} missing", file, lambda folder, older, file=file: folder.delete(file)
+        yield f"{file} of another checkpoint", file, swapped(file)
+    yield "two files exchanged", FILE, exchanged
 
 
-def remove(folder: Store) -> None:
-    folder.delete(FILE)
-
-
-@pytest.mark.parametrize("damage", [truncate, flip, remove])
-def test_one_with_a_damaged_file_is_passed_over_and_named(
-    checkpoints: StoreCheckpoints, damage: Callable[[Store], None], caplog: pytest.LogCaptureFixture
+def test_each_of_fifty_and_more_damaged_checkpoints_is_named_and_the_newest_good_one_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    damage(checkpoints.store.child(name_of(3)))
-    with caplog.at_level(logging.WARNING):
-        value, state = restored(checkpoints)
-    assert (value, state.images_seen) == (2, 2 * GLOBAL_BATCH)
-    assert f"{name_of(3)} is passed over: {FILE} is missing or damaged" in caplog.text
+    saved(tmp_path / "whole", (1, 2))
+    seen = 0
+    for what, file, damage in every_damage():
+        shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+        found = StoreCheckpoints(open_store(str(tmp_path / "damaged")), "request", keep=3)
+        folder = folder_of(found, 2)
+        damage(folder, folder_of(found, 1))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert restored(found)[0] == 1, what
+        (said,) = [record.getMessage() for record in caplog.records]
+        named = "its manifest" if file == MANIFEST else f": {file} " if what != "two files exchanged" else "safetensors"
+        assert f"{folder.url} is passed over: " in said and named in said, what
+        shutil.rmtree(tmp_path / "damaged")
+        seen += 1
+    assert seen == 56
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "change",
     [
-        lambda text: text[: len(text) // 2],
-        lambda text: "[]",
-        lambda text: text.replace('"ranks"', '"banks"'),
-        lambda text: text.replace('"sha256"', '"sha"'),
-        lambda text: json.dumps(json.loads(text) | {"images_seen": "many"}),
-        lambda text: json.dumps(json.loads(text) | {"ranks": [None]}),
+        {"images_seen": "many"},
+        {"parts": {FILE: {"0.weight": [0]}}},
+        {"files": {FILE: {"bytes": 1}}},
+        {"shapes": None},
     ],
-    ids=["truncated", "a list", "no ranks", "unknown entry", "no number", "no files"],
 )
-def test_one_with_a_damaged_manifest_is_passed_over_and_named(
-    checkpoints: StoreCheckpoints, damage: Callable[[str], str], caplog: pytest.LogCaptureFixture
+def test_a_manifest_with_a_valid_digest_and_senseless_content_is_passed_over(
+    checkpoints: StoreCheckpoints, change: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = checkpoints.store.child(name_of(3))
-    folder.write_bytes(MANIFEST, damage(folder.read_bytes(MANIFEST).decode()).encode())
+    folder = folder_of(checkpoints, 3)
+    value = folder.read_json(MANIFEST) | change
+    del value["digest"]
+    folder.write_json(MANIFEST, {**value, "digest": digest_of(value)})
     with caplog.at_level(logging.WARNING):
-        value, _ = restored(checkpoints)
-    assert value == 2
-    assert f"{name_of(3)} has a damaged manifest and is passed over" in caplog.text
+        assert restored(checkpoints)[0] == 2
+    assert "passed over: " in caplog.text
+
+
+def test_a_manifest_of_another_format_is_passed_over_and_named(
+    checkpoints: StoreCheckpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = folder_of(checkpoints, 3)
+    folder.write_bytes(MANIFEST, json.dumps(folder.read_json(MANIFEST) | {"format": 99}).encode())
+    with caplog.at_level(logging.WARNING):
+        assert restored(checkpoints)[0] == 2
+    assert "its manifest has format 99, this program reads 2" in caplog.text
 
 
 def test_one_without_a_manifest_does_not_count_and_is_deleted_by_the_next_save(checkpoints: StoreCheckpoints) -> None:
-    checkpoints.store.child(name_of(3)).delete(MANIFEST)
-    checkpoints.store.child(name_of(9)).write_bytes(FILE, b"half")
+    folder_of(checkpoints, 3).delete(MANIFEST)
+    checkpoints.store.child(f"{prefix_of(9)}0123abcd").write_bytes(FILE, b"half")
     assert restored(checkpoints)[0] == 2
     checkpoints.save(engine(4), TrainState(4 * GLOBAL_BATCH))
-    assert checkpoints.store.children() == [name_of(1), name_of(2), name_of(4)]
+    assert steps_of(checkpoints) == [1, 2, 4]
 
 
 def test_those_of_another_request_do_not_count_and_are_deleted_by_the_next_save(checkpoints: StoreCheckpoints) -> None:
-    other = StoreCheckpoints(checkpoints.store, "another request", keep=3)
+    other = StoreCheckpoints(checkpoints.store, "another request", keep=3, companion=Partner(3.5))
     assert restored(other) == (-1, TrainState())
+    other.companion = Partner(3.5)
     other.save(engine(7), TrainState(GLOBAL_BATCH))
-    assert other.store.children() == [name_of(1)]
+    assert steps_of(other) == [1]
     assert restored(other)[0] == 7
     assert restored(checkpoints)[0] == -1
 
 
 def test_all_damaged_begins_anew(checkpoints: StoreCheckpoints) -> None:
     for step in (1, 2, 3):
-        truncate(checkpoints.store.child(name_of(step)))
+        folder_of(checkpoints, step).delete(FILE)
     assert restored(checkpoints) == (-1, TrainState())
 
 
@@ -145,23 +220,42 @@ def test_all_damaged_begins_anew(checkpoints: StoreCheckpoints) -> None:
 def test_only_the_newest_are_kept(checkpoints: StoreCheckpoints, keep: int) -> None:
     checkpoints.keep = keep
     checkpoints.save(engine(4), TrainState(4 * GLOBAL_BATCH))
-    assert checkpoints.store.children() == [name_of(step) for step in (3, 4)][-keep:]
+    assert steps_of(checkpoints) == [3, 4][-keep:]
+
+
+def test_the_best_stay_beside_the_newest(tmp_path: Path) -> None:
+    found = StoreCheckpoints(open_store(str(tmp_path)), "request", Retention(last=1, best=1))
+    for step, psnr in ((1, 20.0), (2, 23.0), (3, 21.0), (4, 22.0)):
+        found.save(engine(step), TrainState(step * GLOBAL_BATCH, [{"images": step, "val_psnr": psnr}, {"loss": 1.0}]))
+    assert steps_of(found) == [2, 4]
 
 
 def test_after_going_back_the_newer_damaged_one_is_replaced(checkpoints: StoreCheckpoints) -> None:
-    flip(checkpoints.store.child(name_of(3)))
+    folder_of(checkpoints, 3).delete(FILE)
     assert restored(checkpoints)[0] == 2
+    checkpoints.companion = Partner(16.5)
     checkpoints.save(engine(33), TrainState(3 * GLOBAL_BATCH))
     assert restored(checkpoints)[0] == 33
+    assert steps_of(checkpoints) == [1, 2, 3]
 
 
-def test_another_number_of_workers_is_refused_with_what_to_do(checkpoints: StoreCheckpoints) -> None:
-    with pytest.raises(
-        InputError,
-        match=rf"checkpoints/{name_of(3)} was written by 1 workers, and this run has 3\n"
-        r"hint: go on with compute\.workers=1, or delete .*/checkpoints to begin anew",
-    ):
-        checkpoints.restore(engine(0, OfManyWorkers))
+def test_a_setback_counts_more_than_images(checkpoints: StoreCheckpoints) -> None:
+    checkpoints.companion = Partner(10)
+    checkpoints.save(engine(20), TrainState(2 * GLOBAL_BATCH, [], [{"images": 30, "to": 16}]))
+    value, state = restored(checkpoints)
+    assert (value, state.images_seen, state.setbacks) == (20, 2 * GLOBAL_BATCH, [{"images": 30, "to": 16}])
+
+
+def test_stepping_back_takes_the_newest_or_the_one_before_and_deletes_what_is_newer(
+    checkpoints: StoreCheckpoints,
+) -> None:
+    found = engine(-1)
+    state = checkpoints.step_back(found, None)
+    assert (value_of(found), state.images_seen, steps_of(checkpoints)) == (3, 3 * GLOBAL_BATCH, [1, 2, 3])
+    state = checkpoints.step_back(found, state.images_seen)
+    assert (value_of(found), state.images_seen, steps_of(checkpoints)) == (2, 2 * GLOBAL_BATCH, [1, 2])
+    assert checkpoints.step_back(found, GLOBAL_BATCH).images_seen == 0
+    assert (value_of(found), steps_of(checkpoints)) == (2, [1, 2]), "nothing is loaded, and nothing is deleted"
 
 
 def test_a_remote_store_is_fetched_to_a_folder_that_does_not_stay(
@@ -175,3 +269,36 @@ def test_a_remote_store_is_fetched_to_a_folder_that_does_not_stay(
     assert restored(remote)[0] == 3
     checkpoints.save(engine(4), TrainState(4 * GLOBAL_BATCH))
     assert list(scratch.iterdir()) == []
+
+
+# ---- in the background ----
+
+
+def test_what_is_saved_in_the_background_is_what_the_state_was_when_it_was_asked_for(tmp_path: Path) -> None:
+    found = StoreCheckpoints(open_store(str(tmp_path)), "request", keep=3, background=True)
+    changing = engine(1)
+    state = TrainState(GLOBAL_BATCH, [{"images": 8, "loss": 0.5}])
+    found.save(changing, state)
+    with torch.no_grad():
+        changing.parameters[0].fill_(99)
+    state.history.append({"images": 16, "loss": 0.1})
+    found.finish()
+    target = engine(-1)
+    restored_state = found.restore(target)
+    assert (value_of(target), restored_state.history) == (1, [{"images": 8, "loss": 0.5}])
+
+
+def test_what_went_wrong_in_the_background_is_raised_by_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    found = StoreCheckpoints(open_store(str(tmp_path / "checkpoints")), "request", keep=3, background=True)
+    found.save(engine(1), TrainState(GLOBAL_BATCH))
+    with pytest.raises(EnvironmentFailure, match=r"cannot write .*checkpoints.*\nhint: choose a root"):
+        found.save(engine(2), TrainState(2 * GLOBAL_BATCH))
+    found.finish()
+
+
+def test_a_full_scratch_disk_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/dev/null/nowhere")
+    found = StoreCheckpoints(open_store(str(tmp_path)), "request", keep=3)
+    with pytest.raises(EnvironmentFailure, match=r"scratch folder .*\nhint: free some space there, or name .* TMPDIR"):
+        found.save(engine(1), TrainState(GLOBAL_BATCH))

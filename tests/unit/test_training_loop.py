@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from infra.errors import InputError
 from infra.storage import open_store
 from tests.tiny_training import GLOBAL_BATCH, GoOn, Heard, prior_settings, prior_stage, vq_settings, vq_stage
 from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.engine import Engine
-from workflows.training.loop import TrainState, train
+from workflows.training.loop import StepBack, Stopped, TrainState, train
 from workflows.training.plain import PlainEngine
 from workflows.training.prior_stage import PriorStage
-from workflows.training.stage import Position
+from workflows.training.stage import Position, learning_rate_at
 from workflows.training.vq_stage import VQStage
 
 AnyStage = VQStage | PriorStage
@@ -253,3 +254,108 @@ def test_what_checkpoints_raise_is_not_swallowed(caplog: pytest.LogCaptureFixtur
     engine = engine_of(stage := stage_of("prior", 1))
     with caplog.at_level(logging.WARNING), pytest.raises(OSError, match="no space left"):
         train(engine, stage, FailsToSave(), Heard())
+
+
+# ---- stopped in between ----
+
+
+@BOTH
+@pytest.mark.parametrize("stop_after", [3, 5])
+def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(kind: str, stop_after: int, tmp_path: Path) -> None:
+    settings = {
+        "checkpoint_every_images": 4 * GLOBAL_BATCH,
+        "evaluate_every_images": 6 * GLOBAL_BATCH,
+        "log_every_images": 3 * GLOBAL_BATCH,
+        "ema_half_life_images": 20,
+    }
+    whole = engine_of(stage := stage_of(kind, 8, **settings))
+    history = train(whole, stage, StoreCheckpoints(open_store(str(tmp_path / "a")), "r", 2), Heard()).history
+
+    store, asked = open_store(str(tmp_path / "b")), [0] * (stop_after - 1) + [7]
+    stage = stage_of(kind, 8, **settings)
+    with pytest.raises(Stopped, match="stopped by order 7") as stopped:
+        train(engine_of(stage), stage, StoreCheckpoints(store, "r", 2), Heard(), pending_order=lambda: asked.pop(0))
+    assert stopped.value.order == 7
+    heard = Heard()
+    resumed = engine_of(stage := stage_of(kind, 8, weights=1, **settings))
+    state = train(resumed, stage, StoreCheckpoints(store, "r", 2), heard)
+    assert heard.steps[0][0] == (stop_after + 1) * GLOBAL_BATCH, "nothing is done again"
+    assert_identical(everything(resumed), everything(whole))
+    assert state.history == history
+
+
+# ---- a run of non-finite steps ----
+
+
+class Explodes(VQStage):
+    """Stage 1 whose pictures are no numbers from a step on, unless the learning rate has been lowered often enough."""
+
+    from_step = 5
+    until_setbacks = 99
+
+    def __init__(self, stage: VQStage) -> None:
+        self.__dict__.update(stage.__dict__)
+        self.seen_rates: list[float] = []
+
+    def batch(self, position: Position) -> tuple[Any, ...]:
+        """Bad pictures."""
+        images, keys = super().batch(position)
+        if position.images_seen >= self.from_step * GLOBAL_BATCH and self.setbacks < self.until_setbacks:
+            images[0] = torch.nan
+        return images, keys
+
+    setbacks = 0
+
+
+def exploding(until_setbacks: int, folder: Path, checkpoint_every: int = 2) -> tuple[Explodes, Any, StoreCheckpoints]:
+    """The stage, how to step back from it, and its checkpoints."""
+    good = stage_of("vq", 12, checkpoint_every_images=checkpoint_every * GLOBAL_BATCH, codebook_start=0.0)
+    assert isinstance(good, VQStage)
+    stage = Explodes(good)
+    stage.until_setbacks = until_setbacks
+    kept = StoreCheckpoints(open_store(str(folder)), "r", 10)
+
+    def restore(engine: Engine, before: int | None) -> TrainState:
+        stage.setbacks += 1
+        return kept.step_back(engine, before)
+
+    return stage, StepBack(after_steps=3, at_most=2, factor=0.5, restore=restore), kept
+
+
+def test_a_run_of_bad_steps_leads_back_to_the_newest_checkpoint_with_half_the_learning_rate(tmp_path: Path) -> None:
+    stage, rule, kept = exploding(1, tmp_path)
+    engine, heard = engine_of(stage), Heard()
+    state = train(engine, stage, kept, heard, step_back=rule)
+    assert state.images_seen == 12 * GLOBAL_BATCH
+    assert state.setbacks == [{"images": 8 * GLOBAL_BATCH, "to": 4 * GLOBAL_BATCH}]
+    rates = {record["images"] // GLOBAL_BATCH: record["learning_rate"] for record in state.history if "loss" in record}
+    assert list(rates) == list(range(1, 13)), "no gap and no double point"
+    undisturbed = [learning_rate_at((step - 1) * GLOBAL_BATCH, stage.settings) for step in rates]
+    expected = [rate * (1 if step <= 4 else 0.5) for step, rate in zip(rates, undisturbed, strict=True)]
+    assert list(rates.values()) == pytest.approx(expected, rel=1e-5)
+    assert any("stepped back: 3 steps in a row were not finite before image 64" in note for _, _, note in heard.steps)
+    assert all(torch.isfinite(value).all() for value in everything(engine).values())
+
+
+def test_a_setback_that_did_not_help_leads_further_back_and_a_restart_remembers_it(tmp_path: Path) -> None:
+    stage, rule, kept = exploding(2, tmp_path)
+    state = train(engine_of(stage), stage, kept, Heard(), step_back=rule)
+    assert [entry["to"] // GLOBAL_BATCH for entry in state.setbacks] == [4, 2]
+    again = train(engine_of(stage), stage, kept, Heard(), step_back=rule)
+    assert again.setbacks == state.setbacks
+
+
+def test_after_so_many_setbacks_the_training_stops_with_the_reason(tmp_path: Path) -> None:
+    stage, rule, kept = exploding(99, tmp_path)
+    with pytest.raises(
+        InputError,
+        match=r"training vq stopped at a learning rate of 0\.000\d+: 3 steps in a row were not finite before image .*, "
+        r"after 2 setbacks\nhint: lower vq\.train\.learning_rate or .*precision=fp32",
+    ):
+        train(engine_of(stage), stage, kept, Heard(), step_back=rule)
+
+
+def test_without_a_checkpoint_to_go_back_to_the_training_stops_with_the_reason(tmp_path: Path) -> None:
+    stage, rule, kept = exploding(99, tmp_path, checkpoint_every=100)
+    with pytest.raises(InputError, match=r"and there is no checkpoint to go back to\nhint: "):
+        train(engine_of(stage), stage, kept, Heard(), step_back=rule)

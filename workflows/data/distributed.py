@@ -74,7 +74,7 @@ def map_units(
 def _map_window(
     make: Callable[[], UnitWorker], units: list[Any], compute: ComputeSettings, on_gpus: bool
 ) -> Iterator[Summary]:
-    available = compute.workers * compute.threads_per_worker
+    available = compute.most_workers * compute.threads_per_worker
     connect(compute.address, available)
     import ray.data
 
@@ -90,7 +90,7 @@ def _map_window(
         zero_copy_batch=False,
         num_cpus=1,
         num_gpus=1 if on_gpus else 0,
-        compute=ray.data.ActorPoolStrategy(size=min(len(units), compute.workers if on_gpus else available)),
+        compute=ray.data.ActorPoolStrategy(size=min(len(units), compute.most_workers if on_gpus else available)),
     )
     for row in results.iter_rows():
         answer: Summary | Exception = pickle.loads(row["answer"])

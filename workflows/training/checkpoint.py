@@ -1,8 +1,11 @@
-"""Checkpoints on the run's root: every rank uploads its own files, and a manifest written last makes them count.
+"""Checkpoints on the run's root: every rank uploads its own part, and a manifest written last makes them count.
 
-`checkpoints/<images>-w<world>/` holds the ranks' files and `manifest.json` with their digests, the request they
-answer and the history so far. A folder without a manifest is a crash's leftover; one with a damaged file is passed over
-for the one before it.
+Only copying the state stops training; files are written, digested and uploaded by a thread, one checkpoint at a time,
+so that at most one copy is in memory and on the scratch disk. A rank says in a small receipt beside its file what it
+has written; rank 0 waits for all receipts, writes the manifest and drops what the retention policy does not keep.
+
+The newest whole one of the same request counts. A damaged one is named and passed over. See `catalog` for the layout
+and `state` for why the number of ranks that reads is free.
 """
 
 from __future__ import annotations
@@ -10,36 +13,58 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
-from infra.errors import InputError
+from infra.errors import EnvironmentFailure
 from infra.storage import Store
 from workflows.artifacts import MANIFEST, FileEntry, file_entry
 from workflows.training import collectives
+from workflows.training.catalog import (
+    COMPANION,
+    SHARED,
+    DamagedCheckpoint,
+    Name,
+    Saved,
+    check_saved,
+    names,
+    read_saved,
+)
 from workflows.training.engine import Engine
 from workflows.training.loop import TrainState
+from workflows.training.patience import persist
+from workflows.training.retention import Candidate, Retention, kept
+from workflows.training.saving import Background
 from workflows.training.stage import Companion
+from workflows.training.state import EngineState, Range, join_tensors, split_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
-_COMPANION = "companion.pt"
+_RECEIPT_SECONDS = 900.0
+_POLL_SECONDS = (0.01, 1.0)
+_MOVES = {"val_psnr": 1.0, "val_bits_total": -1.0}
+"""Figures that say which checkpoint is best, and the direction in which they improve."""
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A checkpoint's manifest."""
+class _Share:
+    """One rank's part of a checkpoint, copied: training goes on while it is written."""
 
-    name: str
-    images_seen: int
-    history: list[dict[str, Any]]
-    ranks: list[dict[str, FileEntry]]
-    """Files of each rank."""
+    place: Name
+    rank: int
+    state: EngineState
+    companion: Any
+    companion_tensors: dict[str, torch.Tensor]
+    train: TrainState
 
 
 @dataclass
@@ -50,117 +75,269 @@ class StoreCheckpoints:
     """The stage's `checkpoints` folder."""
     request: str
     """What the training answers; checkpoints of another request are not gone on with."""
-    keep: int
+    keep: int | Retention
+    """What stays; a number keeps so many of the newest."""
     companion: Companion | None = None
     """What the stage trains outside the engine; rank 0 writes it for all."""
+    background: bool = False
+    """Write and upload while training goes on; `finish` waits for what is under way."""
+    patience_seconds: float = 600.0
+    """How long a remote store may be away before a save gives up."""
+    blocked_seconds: float = 0.0
+    """How long training has stood still for checkpoints so far."""
+    _damaged: set[str] = field(default_factory=set)
+    """Names of those that were passed over; the next save deletes them."""
+    _attempt: str = ""
+    _place: Name | None = None
+    """Of the checkpoint that was restored last."""
+    _writer: Background = field(default_factory=Background)
+
+    @property
+    def retention(self) -> Retention:
+        """The policy."""
+        return Retention(self.keep) if isinstance(self.keep, int) else self.keep
+
+    # ---- going on ----
 
     def restore(self, engine: Engine) -> TrainState:
-        """The newest complete checkpoint of this request.
+        """The newest complete checkpoint of this request, whoever wrote it."""
+        return self._restore(engine, None)
 
-        Raises:
-            InputError: it was written by another number of workers.
+    def step_back(self, engine: Engine, before_images: int | None) -> TrainState:
+        """The newest complete checkpoint, or the newest before so many images; a state of 0 images when there is none.
+
+        What is newer is deleted: it led to where the training could not go on.
         """
-        found = collectives.broadcast_object(self._newest() if engine.rank == 0 else None)
-        if found is None:
-            return TrainState()
-        if len(found.ranks) != engine.world:
-            raise InputError(
-                f"the checkpoint {self.store.url}/{found.name} was written by {len(found.ranks)} workers, "
-                f"and this run has {engine.world}\n"
-                f"hint: go on with compute.workers={len(found.ranks)}, or delete {self.store.url} to begin anew"
-            )
-        folder = self.store.child(found.name)
-        names = {**found.ranks[0], **found.ranks[engine.rank]}
-        with self._fetched(folder, list(names)) as local:
-            engine.load(local)
-            if self.companion is not None:
-                state = torch.load(local / _COMPANION, map_location="cpu", weights_only=True)
-                self.companion.load_state_dict(state)
+        self.finish()
+        state = self._restore(engine, before_images)
+        place = self._place
+        if engine.rank == 0 and place is not None:
+            for newer in names(self.store):
+                if newer > place:
+                    self._delete(newer.text)
         collectives.barrier()
+        return state
+
+    def _restore(self, engine: Engine, before_images: int | None) -> TrainState:
+        found: Saved | None = None
+        self._place, self._attempt = None, ""  # what is saved from here on must not mix with what was saved before
+        candidates: Iterator[Saved] = self._readable(before_images) if engine.rank == 0 else iter(())
+        while True:
+            found = collectives.broadcast_object(next(candidates, None))
+            if found is None:
+                return TrainState()
+            if self._is_whole(found, engine):
+                break
+        with self._local_files(self.store.child(found.name)) as fetch, found.state(fetch).opened() as saved:
+            engine.load_state(saved)
+            if self.companion is not None and found.companion is not None:
+                tensors = safetensors.torch.load_file(fetch(COMPANION))
+                self.companion.load_state_dict(join_tensors(found.companion, tensors))
+        collectives.barrier()
+        self._place = found.place
         if engine.rank == 0:
-            log.info("going on from %s", folder.url)
-        return TrainState(found.images_seen, found.history)
+            how = "" if found.place.workers == engine.world else f", written by {found.place.workers} workers"
+            log.info("going on from %s/%s%s", self.store.url, found.name, how)
+        return TrainState(found.images_seen, found.history, found.setbacks, found.interval)
 
-    def save(self, engine: Engine, state: TrainState) -> None:
-        """Upload every rank's files, then the manifest, then drop what is old."""
-        name = f"{state.images_seen:012d}-w{engine.world}"
-        folder = self.store.child(name)
-        if engine.rank == 0 and folder.exists(MANIFEST):
-            folder.delete()  # written by a run of another request
-        collectives.barrier()
-        # DeepSpeed's ranks meet inside `save`, so that all must write where their own disk is.
-        local = Path(tempfile.mkdtemp(prefix="hvqd-checkpoint-"))
+    def _readable(self, before_images: int | None) -> Iterator[Saved]:
+        """Checkpoints of this request, the newest first; what is wrong with others is said."""
+        for place in names(self.store):
+            if before_images is not None and place.images_seen >= before_images:
+                continue
+            try:
+                found = read_saved(self.store, place.text)
+            except DamagedCheckpoint as error:
+                self._pass_over(place.text, str(error))
+                continue
+            if found is not None and found.request == self.request:
+                yield found
+
+    def _is_whole(self, found: Saved, engine: Engine) -> bool:
+        """Whether every file is as it was written; ranks share the reading."""
+        problem = ""
         try:
-            engine.save(local)
-            if self.companion is not None and engine.rank == 0:
-                torch.save(self.companion.state_dict(), local / _COMPANION)
-            entries: dict[str, FileEntry] = {}
-            for file in sorted(path for path in local.rglob("*") if path.is_file() and path.suffix == ".pt"):
-                relative = file.relative_to(local).as_posix()
-                entries[relative] = file_entry(file)
-                folder.upload(file, relative)
-            ranks = collectives.gather_objects(entries)
-        finally:
-            shutil.rmtree(local, ignore_errors=True)
-        if engine.rank == 0:
-            manifest = {
-                "request": self.request,
-                "images_seen": state.images_seen,
-                "history": state.history,
-                "ranks": [{name: asdict(entry) for name, entry in files.items()} for files in ranks],
-            }
-            folder.write_json(MANIFEST, manifest)
-            self._drop_old(name)
-        collectives.barrier()
+            check_saved(self.store, found, share=(engine.rank, engine.world))
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problems = [text for text in collectives.gather_objects(problem) if text]
+        if problems and engine.rank == 0:
+            self._pass_over(found.name, problems[0])
+        return not problems
 
-    def _newest(self) -> _Found | None:
-        """The newest checkpoint whose manifest and files are whole."""
-        for name in sorted(self.store.children(), reverse=True):
-            found = self._read(name)
-            if found is not None and self._is_whole(found):
-                return found
-        return None
-
-    def _read(self, name: str) -> _Found | None:
-        try:
-            value = self.store.child(name).read_json(MANIFEST)
-            if value["request"] != self.request:
-                return None
-            ranks = [{file: FileEntry(**entry) for file, entry in files.items()} for files in value["ranks"]]
-            return _Found(name, int(value["images_seen"]), value["history"], ranks)
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            log.warning("the checkpoint %s/%s has a damaged manifest and is passed over", self.store.url, name)
-            return None
-
-    def _is_whole(self, found: _Found) -> bool:
-        folder = self.store.child(found.name)
-        sizes = folder.files()
-        for file, entry in {file: entry for files in found.ranks for file, entry in files.items()}.items():
-            if sizes.get(file) != entry.bytes or folder.sha256(file) != entry.sha256:
-                log.warning("the checkpoint %s is passed over: %s is missing or damaged", folder.url, file)
-                return False
-        return True
-
-    def _drop_old(self, newest: str) -> None:
-        """Keep the newest of this request; delete the others, leftovers of crashes included."""
-        mine = [name for name in sorted(self.store.children(), reverse=True) if name <= newest and self._read(name)]
-        for name in self.store.children():
-            if name not in mine[: self.keep]:
-                self.store.child(name).delete(MANIFEST)  # first, so that a half-deleted one does not count
-                self.store.child(name).delete()
+    def _pass_over(self, name: str, why: str) -> None:
+        self._damaged.add(name)
+        log.warning("the checkpoint %s/%s is passed over: %s", self.store.url, name, why)
 
     @contextmanager
-    def _fetched(self, folder: Store, names: list[str]) -> Iterator[Path]:
-        """A local folder with the named files."""
+    def _local_files(self, folder: Store) -> Iterator[Any]:
+        """A function that makes a file of the folder available locally."""
         if folder.is_local:
-            yield folder.path
+            yield lambda name: folder.path / name
             return
+        with _scratch() as local:
+            yield lambda name: local / name if (local / name).exists() else folder.download(name, local / name)
+
+    # ---- saving ----
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Copy the state and have it written; waits for the checkpoint before, if it is still under way."""
+        started = time.monotonic()
+        self._writer.wait()
+        if not self._attempt:
+            self._attempt = collectives.broadcast_object(uuid.uuid4().hex[:8])
+        companion, tensors = split_tensors(self.companion.state_dict()) if self.companion is not None else (None, {})
+        share = _Share(
+            place=Name(len(state.setbacks), state.images_seen, engine.world, self._attempt),
+            rank=engine.rank,
+            state=engine.state(),
+            companion=companion,
+            companion_tensors=tensors if engine.rank == 0 else {},
+            train=replace(state, history=list(state.history), setbacks=list(state.setbacks)),
+        )
+        self._writer.start(lambda: self._write(share))
+        if not self.background:
+            self._writer.wait()
+            collectives.barrier()
+        self.blocked_seconds += time.monotonic() - started
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is under way.
+
+        Raises:
+            EnvironmentFailure: it could not be written.
+        """
+        started = time.monotonic()
+        self._writer.wait()
+        collectives.barrier()
+        self.blocked_seconds += time.monotonic() - started
+
+    def _write(self, share: _Share) -> None:
+        """This rank's files and receipt; on rank 0 also the manifest, and the end of old checkpoints."""
+        folder = self.store.child(share.place.text)
+        receipt = self._write_files(folder, share)
+        if share.rank != 0:
+            return
+        receipts = [receipt, *(self._receipt(folder, rank) for rank in range(1, share.place.workers))]
+        saved = Saved(
+            name=share.place.text,
+            request=self.request,
+            images_seen=share.train.images_seen,
+            history=share.train.history,
+            setbacks=share.train.setbacks,
+            interval=share.train.interval,
+            files={file: FileEntry(**entry) for found in receipts for file, entry in found["files"].items()},
+            parts={
+                file: {name: Range(*span) for name, span in spans.items()}
+                for found in receipts
+                for file, spans in found["parts"].items()
+            },
+            steps={name: steps for found in receipts for name, steps in found["steps"].items()},
+            shapes=share.state.shapes,
+            companion=share.companion,
+            score=_score(share.train.history),
+            written_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._persist("write", lambda: folder.write_json(MANIFEST, saved.as_json()))
+        self._persist("tidy up", lambda: self._drop_old(saved))
+
+    def _write_files(self, folder: Store, share: _Share) -> dict[str, Any]:
+        """Upload what this rank holds; returns the receipt, which lies beside it."""
+        part = f"rank-{share.rank:05d}.safetensors"
+        contents = {part: share.state.values}
+        if share.rank == 0:
+            contents[SHARED] = share.state.shared
+            if share.companion is not None:
+                contents[COMPANION] = share.companion_tensors
+        files: dict[str, Any] = {}
+        with _scratch() as local:
+            for name, tensors in contents.items():
+                path = local / name
+                with _explained_scratch():
+                    write_tensors(path, tensors)
+                    files[name] = asdict(file_entry(path))
+                self._persist("upload", lambda path=path, name=name: folder.upload(path, name))
+                path.unlink()
+        spans = {name: [found.start, found.length] for name, found in share.state.ranges.items()}
+        receipt = {"files": files, "parts": {part: spans}, "steps": share.state.steps}
+        if share.rank != 0:
+            self._persist("write", lambda: folder.write_json(_receipt_name(share.rank), receipt))
+        return receipt
+
+    def _receipt(self, folder: Store, rank: int) -> dict[str, Any]:
+        """What another rank has written, as soon as it has."""
+        deadline, pause = time.monotonic() + _RECEIPT_SECONDS, _POLL_SECONDS[0]
+        name = _receipt_name(rank)
+        while time.monotonic() < deadline:
+            try:
+                found: dict[str, Any] = self._persist("read", lambda: folder.read_json(name))
+                return found
+            except FileNotFoundError:
+                time.sleep(pause)
+                pause = min(2 * pause, _POLL_SECONDS[1])
+        raise EnvironmentFailure(
+            f"rank {rank} did not write its part of {folder.url} within {_RECEIPT_SECONDS:.0f} s\n"
+            "hint: see whether its machine is alive; the same command goes on from the checkpoint before"
+        )
+
+    def _persist(self, action: str, call: Any) -> Any:
+        return persist(call, f"{action} the checkpoint", self.store, self.patience_seconds)
+
+    def _drop_old(self, newest: Saved) -> None:
+        """Delete what the policy does not keep, leftovers of crashes and of other requests included."""
+        present = self.store.children()
+        candidates = []
+        for place in names(self.store):
+            if place > newest.place or place.text in self._damaged:
+                continue
+            try:
+                found = newest if place == newest.place else read_saved(self.store, place.text)
+            except DamagedCheckpoint:
+                continue
+            if found is not None and found.request == self.request:
+                candidates.append(Candidate(place, found.score))
+        stay = kept(candidates, self.retention)
+        for name in present:
+            if name not in stay:
+                self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        folder = self.store.child(name)
+        folder.delete(MANIFEST)  # first, so that a half-deleted one does not count
+        folder.delete()
+
+
+@contextmanager
+def _explained_scratch() -> Iterator[None]:
+    """Say which disk is full: it is not the root's."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise EnvironmentFailure(
+            f"cannot write a checkpoint to the scratch folder {tempfile.gettempdir()}: {error}\n"
+            "hint: free some space there, or name another folder in TMPDIR; the same command goes on"
+        ) from error
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A local folder that is gone in the end."""
+    with _explained_scratch():
         local = Path(tempfile.mkdtemp(prefix="hvqd-checkpoint-"))
-        try:
-            for name in names:
-                folder.download(name, local / name)
-            yield local
-        finally:
-            shutil.rmtree(local, ignore_errors=True)
+    try:
+        yield local
+    finally:
+        shutil.rmtree(local, ignore_errors=True)
+
+
+def _receipt_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _score(history: list[dict[str, Any]]) -> float | None:
+    """The last value of the figure that says how good a model is."""
+    for record in reversed(history):
+        for name, direction in _MOVES.items():
+            if name in record:
+                return direction * float(record[name])
+    return None

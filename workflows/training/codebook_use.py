@@ -1,7 +1,7 @@
 """How much of each codebook training uses, over windows of steps that a resumed run finds again.
 
-A window begins where an interval of logging or of checkpoints begins, so what a window has counted is never part of
-the state: after a checkpoint it would be empty anyway.
+A window begins where an interval of logging or of checkpoints begins, so what a window has counted is no part of the
+state where checkpoints are due: after one it would be empty anyway. It is when a training is asked to stop in between.
 
 Axes: K codes of a level.
 """
@@ -9,6 +9,7 @@ Axes: K codes of a level.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,15 @@ class CodebookUse:
         self._start = -1
         self._counts: list[Tensor] = []
 
+    def state(self) -> dict[str, Any]:
+        """JSON values of the present window."""
+        return {"start": self._start, "counts": [counts.double().tolist() for counts in self._counts]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on with what `state` told; with nothing, a window begins."""
+        self._start = state.get("start", -1)
+        self._counts = [torch.tensor(counts, dtype=torch.float32) for counts in state.get("counts", [])]
+
     def add(
         self, statistics: Sequence[CodebookStatistics], images_seen: int, settings: TrainSettings
     ) -> dict[str, Tensor]:
@@ -48,7 +58,7 @@ class CodebookUse:
         start = window_start(after, settings)
         counts = [found.counts for found in statistics]
         fresh = start != self._start or len(counts) != len(self._counts)
-        self._counts = counts if fresh else [a + b for a, b in zip(self._counts, counts, strict=True)]
+        self._counts = counts if fresh else [a.to(b) + b for a, b in zip(self._counts, counts, strict=True)]
         self._start = start
         interval = settings.log_every_images
         if images_seen // interval == after // interval and after < settings.images:

@@ -67,6 +67,15 @@ def broadcast_object(value: Value) -> Value:
     return box[0]
 
 
+def broadcast_number(value: int, device: torch.device) -> int:
+    """Rank 0's number; cheap enough for every step."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor([value], device=device)
+    dist.broadcast(box, src=0)
+    return int(box)
+
+
 def broadcast_buffers(tensors: list[Tensor]) -> None:
     """Overwrite tensors by rank 0's."""
     if world_size() > 1:

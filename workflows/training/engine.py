@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from workflows.config import TrainSettings
+from workflows.training.state import EngineState, SavedState
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,15 @@ class Engine(Protocol):
         The weights' average restarts from what was written: this happens once, early.
         """
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the state to a local folder, under names no other rank uses."""
+    def state(self) -> EngineState:
+        """Copies of this rank's share of the state; called on every rank."""
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote at the same world size."""
+    def load_state(self, saved: SavedState) -> None:
+        """Go on from a state that any number of ranks wrote at any ZeRO stage; called on every rank.
+
+        Raises:
+            ValueError: it is of another model.
+        """
 
     def export(self) -> dict[str, Tensor]:
         """Full float32 weights (their moving average when there is one) and buffers; called on every rank."""
@@ -91,3 +95,38 @@ def average_decay(settings: TrainSettings) -> float:
     if settings.ema_half_life_images == 0:
         return 0.0
     return float(0.5 ** (settings.global_batch / settings.ema_half_life_images))
+
+
+def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that are trained, by name; what ZeRO-3 has taken apart counts whole."""
+    return {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def state_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the state, by name."""
+    parameters = {name for name, _ in module.named_parameters()}
+    named = dict(module.named_buffers())
+    return {name: named[name].detach() for name in module.state_dict() if name not in parameters}
+
+
+def set_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, made now if it has taken no step, with its count of steps set.
+
+    Moments that are there already stay the same tensors: DeepSpeed keeps views of them.
+    """
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    state["step"].fill_(steps)
+    return state
+
+
+def steps_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
+    """How many steps AdamW has taken with a parameter."""
+    return int(optimizer.state[parameter]["step"]) if parameter in optimizer.state else 0

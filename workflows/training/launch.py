@@ -7,31 +7,30 @@ program would only come again, and ends the job at once. Ray's own checkpoints a
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from infra.cluster import connect
 from infra.errors import EnvironmentFailure, InputError
-from infra.storage import Store
 from workflows.artifacts import MANIFEST, Manifest, check_files, find_manifest, read_manifest, write_manifest
 from workflows.context import Context
 from workflows.requests import PARENTS, request_of
-from workflows.training.alarms import Alarm
+from workflows.training.desk import PICTURES, TIMES, Desk
+from workflows.training.elastic import Growth, bundle, choose_workers
 from workflows.training.mailbox import Mailbox
-from workflows.training.worker import StageName, TrainingJob, train_worker
+from workflows.training.turn import LEASE, take_turn
+from workflows.training.watchdog import Watchdog
+from workflows.training.worker import RESIZE, STOP, StageName, TrainingJob, train_worker
 
 Work = Callable[[dict[str, Any]], None]
 
 _POLL_SECONDS = 0.3
 _HEALTH_CHECK_SECONDS = "0.5"  # Ray's 2 s would be spent several times in a stage's start and end
-_PICTURES = "pictures/"
-_LEAVE_OUT = ("checkpoints/", "ray/", _PICTURES)  # pictures are for the eye: no digest covers them
+_LEAVE_OUT = ("checkpoints/", "ray/", LEASE, TIMES, PICTURES)  # pictures are for the eye: no digest covers them
 
 
 def train_vq(context: Context) -> Manifest:
@@ -55,11 +54,14 @@ def _train(context: Context, stage: StageName) -> Manifest:
     if present is not None and present.request == request:
         check_files(folder, present)
         return present
-    folder.delete(MANIFEST)  # what follows overwrites its files
     job = TrainingJob(stage, context.config, root, request)
     started = time.monotonic()
-    records = run_job(job, context)
+    with take_turn(folder, f"training {stage}", context.progress.say) as turn:
+        folder.delete(MANIFEST)  # what follows overwrites its files
+        desk = Desk(context, folder, request, turn)
+        records = run_job(job, context, desk=desk)
     seconds = time.monotonic() - started
+    desk.tell_times(job.settings.images)
     history = folder.read_json("history.json")
     digests = {kind: manifest.digest for kind, manifest in parents.items()}
     return write_manifest(
@@ -70,10 +72,11 @@ def _train(context: Context, stage: StageName) -> Manifest:
         facts={"images": job.settings.images, **folder.read_json("summary.json"), **_last_figures(history)},
         provenance={
             "seconds": round(seconds, 1),
-            "workers": context.config.compute.workers,
+            "workers": context.config.compute.most_workers,
             "threads_per_worker": context.config.compute.threads_per_worker,
             "gpus_per_worker": context.config.compute.gpus_per_worker,
             "records_this_run": records,
+            "goodput": desk.goodput.summary(),
         },
         leave_out=_LEAVE_OUT,
     )
@@ -84,52 +87,124 @@ def _last_figures(history: list[dict[str, float]]) -> dict[str, float]:
     return {name: value for record in history for name, value in record.items() if name.startswith("val_")}
 
 
-def run_job(job: TrainingJob, context: Context, work: Work = train_worker) -> int:
+def run_job(job: TrainingJob, context: Context, work: Work = train_worker, desk: Desk | None = None) -> int:
     """Run the workers to the end of the budget; returns how many history records they sent.
 
     Args:
         work: what each worker does with {"job": …, "mailbox": …}; the overhead benchmark puts its stop-watch here.
+        desk: who passes on what workers report.
 
     Raises:
         InputError, EnvironmentFailure: what a worker met, in its own words.
     """
     compute = job.config.compute
-    connect(compute.address, compute.workers * compute.threads_per_worker)
+    cpus = compute.least_workers if compute.address is not None else compute.most_workers
+    connect(compute.address, cpus * compute.threads_per_worker)
     import ray
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    desk = Desk(context, job.folder)
-    records, restarts = 0, 0
-    while True:
-        failures: list[BaseException] = []
+    desk = desk or Desk(context, job.folder, job.request)
+    restarts = 0
+    try:
+        while True:
+            allowed = job.config.workers_for(job.settings)
+            workers = choose_workers(allowed, compute, context.progress.say)
+            failure = _Group(job, mailbox, work, workers, desk).run()
+            if failure is None and desk.stopped != RESIZE:
+                break
+            if failure is None:
+                context.progress.say("  there is room for more workers: all start again from the state just written")
+                continue
+            if not _lost_a_worker(failure):
+                raise _explained(failure)
+            if 0 <= compute.max_failures <= restarts:
+                raise EnvironmentFailure(
+                    f"training lost a worker {restarts + 1} times, compute.max_failures allows {compute.max_failures}\n"
+                    "hint: see whether the machines have enough memory; the same command goes on from the last "
+                    "checkpoint"
+                )
+            restarts += 1
+            context.progress.say(f"  a worker was lost; restart {restarts} goes on from the newest checkpoint")
+    finally:
+        desk.keep_times()
+    ray.kill(mailbox)
+    return desk.records
 
-        def fit(failures: list[BaseException] = failures) -> None:
-            try:
-                _fit(job, mailbox, work)
-            except BaseException as error:  # handed to the main thread below
-                failures.append(error)
 
+class _Group:
+    """One group of workers, from its start to its end."""
+
+    def __init__(self, job: TrainingJob, mailbox: Any, work: Work, workers: int, desk: Desk) -> None:
+        self.job, self.mailbox, self.work, self.workers, self.desk = job, mailbox, work, workers, desk
+        self.compute = job.config.compute
+        self.watchdog = Watchdog(self.compute.faults.hang_seconds, self.compute.faults.slow_factor)
+        self.growth = Growth(job.config.workers_for(job.settings), workers, self.compute)
+        self.failures: list[BaseException] = []
         # In a thread, because Ray Train takes Ctrl-C for itself on the main one; a daemon, so that it can be abandoned.
-        thread = threading.Thread(target=fit, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-            records += desk.show(ray.get(mailbox.take.remote()))
-        if not failures:
-            ray.kill(mailbox)
-            return records
-        if not _lost_a_worker(failures[0]):
-            raise _explained(failures[0])
-        if 0 <= compute.max_failures <= restarts:
-            raise EnvironmentFailure(
-                f"training lost a worker {restarts + 1} times, compute.max_failures allows {compute.max_failures}\n"
-                "hint: see whether the machines have enough memory; the same command goes on from the last checkpoint"
-            )
-        restarts += 1
-        context.progress.say(f"  a worker was lost; restart {restarts} goes on from the newest checkpoint")
+        self.thread = threading.Thread(target=self._fit, daemon=True)
+
+    def _fit(self) -> None:
+        try:
+            _fit(self.job, self.mailbox, self.work, self.workers)
+        except BaseException as error:  # handed to the main thread
+            self.failures.append(error)
+
+    def run(self) -> BaseException | None:
+        """What ended it, None when it did what it was asked.
+
+        Raises:
+            KeyboardInterrupt: the driver was asked to stop; workers had the grace period to write a last checkpoint.
+        """
+        import ray
+
+        ray.get(self.mailbox.take.remote())  # what an earlier group said last is of no use to this one's watchdog
+        ray.get(self.mailbox.give_order.remote(0))
+        self.desk.begin(self.watchdog)
+        self.thread.start()
+        try:
+            while self.thread.is_alive():
+                self.thread.join(_POLL_SECONDS)
+                self._look()
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        self.desk.show(ray.get(self.mailbox.take.remote()))
+        return self.failures[0] if self.failures else None
+
+    def _look(self) -> None:
+        """Pass on what was reported, and see to what is hung, slow or could grow."""
+        import ray
+
+        self.desk.show(ray.get(self.mailbox.take.remote()))
+        self.desk.keep_turn()
+        for line in self.watchdog.slow():
+            self.desk.warn(line)
+        hung = self.watchdog.hung()
+        if hung:
+            self.desk.context.progress.say("\n".join(f"  {line}" for line in hung.splitlines()))
+            for pulse in self.watchdog.pulses.values():
+                ray.kill(pulse.actor)
+            self.watchdog.pulses.clear()
+        if self.watchdog.pulses and self.growth.target() is not None:
+            self.mailbox.give_order.remote(RESIZE)
+
+    def _stop(self) -> None:
+        """Ask for a last checkpoint and wait for it, unless nothing has begun or the user loses patience."""
+        import ray
+
+        grace = self.compute.faults.grace_seconds
+        if not self.desk.has_begun or grace == 0:
+            return
+        self.desk.context.progress.say(f"  stopping: workers have {grace:g} s to write a last checkpoint")
+        deadline = time.monotonic() + grace
+        self.mailbox.give_order.remote(STOP)
+        with suppress(ray.exceptions.RayError):
+            while self.thread.is_alive() and time.monotonic() < deadline and self.desk.stopped == 0:
+                self.thread.join(_POLL_SECONDS)
+                self.desk.show(ray.get(self.mailbox.take.remote(), timeout=_POLL_SECONDS * 10))
 
 
-def _fit(job: TrainingJob, mailbox: Any, work: Work) -> None:
+def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
     if job.config.compute.address is None:
         # Nobody takes a cluster of one's own away, and nobody reads its metrics: two processes less to wait for.
@@ -147,12 +222,9 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work) -> None:
             train_loop_config={"job": job, "mailbox": mailbox},
             torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=compute.workers,
+                num_workers=workers,
                 use_gpu=compute.gpus_per_worker > 0,
-                resources_per_worker={
-                    "CPU": compute.threads_per_worker,
-                    **({"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {}),
-                },
+                resources_per_worker=bundle(compute),
             ),
             run_config=ray.train.RunConfig(
                 name=name,
@@ -183,59 +255,6 @@ def _trainer(*, own_cluster: bool) -> Any:
             return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     return WithoutCleaner
-
-
-@dataclass
-class Desk:
-    """Where what workers reported is passed to the user, to the tracker and to the stage's folder."""
-
-    context: Context
-    folder: Store
-    """Of the stage on the root."""
-    _alarms: set[str] = field(default_factory=set)
-    """Those that the user knows of: a restarted worker raises again what came after its checkpoint."""
-
-    def show(self, messages: list[tuple[str, Any]]) -> int:
-        """Pass messages on, in order; returns how many of them were records."""
-        records = 0
-        for kind, content in messages:
-            match kind:
-                case "progress":
-                    images_seen, total, note = content
-                    self.context.progress.update(images_seen, total, "images", note)
-                case "record":
-                    records += 1
-                    self._record(content)
-                case "alarm":
-                    self._alarm(content)
-                case "picture":
-                    self._picture(*content)
-        return records
-
-    def _record(self, record: dict[str, float]) -> None:
-        if self.context.run is not None:
-            values = {name: value for name, value in record.items() if name != "images"}
-            self.context.run.log_metrics(values, step=int(record["images"]))
-        if self.context.listen is not None:
-            self.context.listen(record)
-
-    def _alarm(self, alarm: Alarm) -> None:
-        if alarm.title in self._alarms:
-            return
-        self._alarms.add(alarm.title)
-        for line in alarm.text.splitlines():
-            self.context.progress.say(f"  {line}")
-        if self.context.run is not None:
-            name = "_".join(alarm.title.replace(",", "").split())
-            self.context.run.set_tags({f"hvqd.alarm.{name}": alarm.text})
-
-    def _picture(self, images_seen: int, png: bytes) -> None:
-        self.folder.write_bytes(f"{_PICTURES}latest.png", png)
-        if self.context.run is not None:
-            with tempfile.TemporaryDirectory(prefix="hvqd-picture-") as scratch:
-                path = Path(scratch) / f"images-{images_seen:012d}.png"
-                path.write_bytes(png)
-                self.context.run.log_file(path, "pictures")
 
 
 def _causes(error: BaseException) -> list[BaseException]:

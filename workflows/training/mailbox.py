@@ -11,6 +11,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._messages: deque[tuple[str, Any]] = deque(maxlen=10_000)
+        self._order = 0
 
     def put(self, message: tuple[str, Any]) -> None:
         """Leave a message."""
@@ -21,3 +22,11 @@ class Mailbox:
         taken = list(self._messages)
         self._messages.clear()
         return taken
+
+    def give_order(self, order: int) -> None:
+        """Ask the workers for something: see `workflows.training.worker`; 0 takes it back."""
+        self._order = order
+
+    def order(self) -> int:
+        """What the workers are asked for."""
+        return self._order

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workflows.config import TrainSettings
-from workflows.training.engine import StepResult, average_decay, make_optimizer
-
-_FILE = "plain.pt"
+from workflows.training.engine import (
+    StepResult,
+    average_decay,
+    make_optimizer,
+    set_moments,
+    state_buffers,
+    steps_of,
+    trained_shapes,
+)
+from workflows.training.state import EngineState, Range, SavedState, shared_state
 
 
 class PlainEngine:
@@ -63,18 +69,43 @@ class PlainEngine:
         if edited and self.average:
             self.average = [parameter.detach().clone() for parameter in self.parameters]
 
-    def save(self, folder: Path) -> None:
-        """Everything, in one file."""
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, folder / _FILE)
+    def state(self) -> EngineState:
+        """Everything: there is one rank."""
+        named = dict(self.module.named_parameters())
+        averages = dict(zip(named, self.average, strict=True)) if self.average else {}
+        trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        values: dict[str, Tensor] = {}
+        for name, parameter in trained.items():
+            moments = self.optimizer.state.get(parameter, {})
+            found = {"weight": parameter, "exp_avg": moments.get("exp_avg"), "exp_avg_sq": moments.get("exp_avg_sq")}
+            for kind, value in (found | ({"average": averages[name]} if averages else {})).items():
+                whole = torch.zeros(parameter.numel()) if value is None else value.detach().float().cpu().reshape(-1)
+                values[f"{kind}/{name}"] = whole.clone()
+        return EngineState(
+            values,
+            {name: Range(0, parameter.numel()) for name, parameter in trained.items()},
+            {name: steps_of(self.optimizer, parameter) for name, parameter in trained.items()},
+            trained_shapes(self.module),
+            shared_state(state_buffers(self.module), {n: p for n, p in named.items() if n not in trained}),
+        )
 
-    def load(self, folder: Path) -> None:
-        """Restore it."""
-        state = torch.load(folder / _FILE, map_location=self.device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
+    @torch.no_grad()
+    def load_state(self, saved: SavedState) -> None:
+        """Everything."""
+        saved.check_fits(trained_shapes(self.module))
+        buffers, frozen = saved.shared()
+        for name, buffer in state_buffers(self.module).items():
+            buffer.copy_(buffers[name])
+        has_average = bool(self.average) and saved.has("average")
+        for place, (name, parameter) in enumerate(self.module.named_parameters()):
+            parameter.copy_(saved.whole("weight", name) if parameter.requires_grad else frozen[name])
+            if self.average:
+                averaged = has_average and parameter.requires_grad
+                self.average[place].copy_(saved.whole("average", name) if averaged else parameter)
+            if parameter.requires_grad:
+                moments = set_moments(self.optimizer, parameter, saved.steps[name])
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    moments[kind].copy_(saved.whole(kind, name))
 
     def export(self) -> dict[str, Tensor]:
         """Full weights and buffers."""

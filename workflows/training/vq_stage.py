@@ -234,3 +234,11 @@ class VQStage:
         if self.companion is None or "val_psnr" not in figures:
             return {}
         return self.companion.observe(figures["val_psnr"])
+
+    def interval(self) -> dict[str, Any]:
+        """How the codebooks were used since the window began."""
+        return self._use.state()
+
+    def load_interval(self, gathered: dict[str, Any]) -> None:
+        """Go on with the window."""
+        self._use.load(gathered)

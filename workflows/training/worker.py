@@ -27,12 +27,18 @@ from workflows.latents import statistics_of
 from workflows.training.alarms import Alarm, find_alarms
 from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.judges import build_judges
-from workflows.training.loop import Record, train
+from workflows.training.ledger import Ledger
+from workflows.training.loop import Record, StepBack, Stopped, train
 from workflows.training.precision import choose_precision
 from workflows.training.prior_stage import PriorStage
+from workflows.training.retention import Retention
+from workflows.training.stage import Companion
 from workflows.training.vq_stage import VQStage
+from workflows.training.watchdog import Heart
 
 StageName = Literal["vq", "prior"]
+STOP, RESIZE = 1, 2
+"""Orders: keep the state and end; the second is followed by a start with another number of workers."""
 _PROGRESS_SECONDS = 0.5
 
 
@@ -62,14 +68,24 @@ class MailReporter:
     """Sends progress to the driver through a mailbox actor, without waiting for it."""
 
     mailbox: Any
+    ledger: Ledger | None = None
+    """Whose accounts are sent along."""
+    batch: int = 0
+    """Images a step."""
     _sent: float = 0.0
+    _first: int | None = None
 
     def progress(self, images_seen: int, total: int, note: str) -> None:
         """At most twice a second."""
         now = time.monotonic()
-        if now - self._sent >= _PROGRESS_SECONDS or images_seen >= total:
+        first = self._first is None
+        if self._first is None:
+            self._first = images_seen - self.batch
+        if first or now - self._sent >= _PROGRESS_SECONDS or images_seen >= total:
             self._sent = now
             self.mailbox.put.remote(("progress", (images_seen, total, note)))
+            if self.ledger is not None:
+                self.mailbox.put.remote(("times", (images_seen, self._first, dict(self.ledger.seconds))))
 
     def record(self, record: Record) -> None:
         """One line of the history."""
@@ -93,14 +109,73 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     from workflows.training.zero import ZeroEngine
 
-    stage = build_stage(job, device)
-    engine = ZeroEngine(stage.objective, job.settings, device)
-    folder = job.folder.child("checkpoints")
-    checkpoints = StoreCheckpoints(folder, job.request, job.settings.keep_checkpoints, stage.companion)
-    state = train(engine, stage, checkpoints, MailReporter(loop_config["mailbox"]))
-    weights = engine.export()
-    if engine.rank == 0:
-        export(job, stage, weights, state.history)
+    mailbox, ledger = loop_config["mailbox"], Ledger()
+    rank, actor = ray.train.get_context().get_world_rank(), ray.get_runtime_context().current_actor
+    with Heart(lambda pulse: mailbox.put.remote(("pulse", pulse)), rank, ledger, actor):
+        stage = build_stage(job, device)
+        engine = ZeroEngine(stage.objective, job.settings, device)
+        checkpoints = checkpoints_of(job, stage.companion)
+        faults = job.config.compute.faults
+        try:
+            state = train(
+                engine,
+                stage,
+                checkpoints,
+                MailReporter(mailbox, ledger, job.settings.global_batch),
+                step_back=StepBack(
+                    faults.non_finite_steps, faults.setbacks, faults.setback_factor, checkpoints.step_back
+                ),
+                pending_order=Orders(mailbox).pending,
+                ledger=ledger,
+            )
+        except Stopped as stopped:
+            checkpoints.finish()
+            if rank == 0:
+                ray.get(mailbox.put.remote(("stopped", stopped.order)))
+            return
+        with ledger.time("checkpoint"):
+            checkpoints.finish()
+        weights = engine.export()
+        if engine.rank == 0:
+            export(job, stage, weights, state.history)
+
+
+def checkpoints_of(job: TrainingJob, companion: Companion | None) -> StoreCheckpoints:
+    """The stage's checkpoints as the settings want them."""
+    keep = job.config.compute.keep
+    return StoreCheckpoints(
+        job.folder.child("checkpoints"),
+        job.request,
+        Retention(job.settings.keep_checkpoints, keep.best, keep.every_images),
+        companion,
+        background=keep.background,
+        patience_seconds=job.config.compute.faults.patience_seconds,
+    )
+
+
+@dataclass
+class Orders:
+    """What the driver asks for, looked up without waiting."""
+
+    mailbox: Any
+    _question: Any = None
+    _asked: float = 0.0
+
+    def pending(self) -> int:
+        """The newest answer that is there, 0 for none."""
+        import ray
+
+        now = time.monotonic()
+        if self._question is None:
+            if now - self._asked < _PROGRESS_SECONDS:
+                return 0
+            self._question, self._asked = self.mailbox.order.remote(), now
+        ready, _ = ray.wait([self._question], timeout=0)
+        if not ready:
+            return 0
+        order = int(ray.get(ready[0]))
+        self._question = None
+        return order
 
 
 def build_stage(job: TrainingJob, device: torch.device) -> VQStage | PriorStage:
@@ -173,6 +248,12 @@ def export(
     with tempfile.TemporaryDirectory(prefix="hvqd-model-") as scratch:
         save_model(model, Path(scratch), state)
         job.folder.child("model").upload_folder(Path(scratch))
+    if job.stage == "prior" and "text" in job.config.prior.model.conditions:
+        dataset = read_manifest(job.root.child("dataset"), "hvqd data build")
+        source = ConditionSource(
+            job.root.child("dataset"), dataset, job.config.vq_config, ("text",), job.config.prior.text_encoder
+        )
+        source.keep_text(job.folder.child("text"))
     job.folder.write_json("history.json", history)
     alarms = [alarm.as_json() for alarm in find_alarms(history, stage.watch())]
     job.folder.write_json("summary.json", {"parameters": parameters, "alarms": alarms})

@@ -1,7 +1,7 @@
 """The engine in DeepSpeed: ZeRO shards optimizer state (1), also gradients (2), also parameters (3).
 
-DeepSpeed's checkpoint holds parameters and optimizer state only. Buffers (the codebooks) and the shards of the weights'
-moving average are saved and restored here, in a file of our own for each rank.
+DeepSpeed's own checkpoints are not used: they are pickles, bound to a number of ranks, and its universal ones lose
+buffers (the codebooks) and frozen weights. The state is read off the shards and written to them (see `state.py`).
 
 The average lives on the float32 shards that the optimizer owns, so it costs each rank its own share only.
 """
@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +20,17 @@ from torch import Tensor, nn
 
 from workflows.config import TrainSettings
 from workflows.training import collectives
-from workflows.training.engine import StepResult, average_decay, make_optimizer
+from workflows.training.engine import (
+    StepResult,
+    average_decay,
+    make_optimizer,
+    set_moments,
+    state_buffers,
+    steps_of,
+    trained_shapes,
+)
+from workflows.training.state import EngineState, Range, SavedState, shared_state
 
-_TAG = "state"
 _BUCKET_ELEMENTS = 50_000_000
 
 
@@ -131,14 +139,20 @@ class ZeroEngine:
         """The float32 weights that this rank's optimizer owns."""
         match self.stage:
             case 0:
-                return [parameter.data for parameter in self.module.parameters()]
+                return [parameter.data for parameter in self._trained()]
             case 1 | 2:
                 return list(self._engine.optimizer.single_partition_of_fp32_groups)
             case _:
                 return list(self._engine.optimizer.fp32_partitioned_groups_flat)
 
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.module.parameters() if parameter.requires_grad)
+
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's full float32 value; called on every rank."""
+        if not parameter.requires_grad:  # no optimizer knows of it
+            with self._deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                return parameter.detach().float().clone()
         if self.stage == 0:
             return parameter.detach().float().clone()
         value: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
@@ -168,7 +182,7 @@ class ZeroEngine:
                 if self.rank == 0:
                     state[name] = value.cpu()
         if self.rank == 0:
-            state |= {name: buffer.cpu() for name, buffer in self._buffers().items()}
+            state |= {name: buffer.clone().cpu() for name, buffer in state_buffers(self.module).items()}
         return state
 
     @contextmanager
@@ -190,27 +204,127 @@ class ZeroEngine:
 
     # ---- state ----
 
-    def _buffers(self) -> dict[str, Tensor]:
-        parameters = {name for name, _ in self.module.named_parameters()}
-        named = dict(self.module.named_buffers())
-        return {name: named[name].detach() for name in self.module.state_dict() if name not in parameters}
-
     def _broadcast_buffers(self) -> None:
         """DeepSpeed makes parameters equal at the start, not buffers."""
-        collectives.broadcast_buffers(list(self._buffers().values()))
+        collectives.broadcast_buffers(list(state_buffers(self.module).values()))
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's shards of this rank, and a file with buffers and average."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=False)
-        torch.save({"buffers": self._buffers(), "average": self._average}, folder / f"ours-rank{self.rank}.pt")
+    def _adamw(self) -> torch.optim.Optimizer:
+        """The optimizer that holds the moments of `_shards`."""
+        found: torch.optim.Optimizer = self._engine.optimizer if self.stage == 0 else self._engine.optimizer.optimizer
+        return found
 
-    def load(self, folder: Path) -> None:
-        """Restore this rank's part at the same world size."""
-        found, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if found is None:  # DeepSpeed only warns
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-        ours = torch.load(folder / f"ours-rank{self.rank}.pt", map_location=self.device, weights_only=True)
-        named = dict(self.module.named_buffers())
-        for name, value in ours["buffers"].items():
-            named[name].copy_(value)
-        self._average = ours["average"]
+    def _keys(self) -> list[Tensor]:
+        """What the optimizer keeps its moments under, in the order of `_shards`."""
+        return list(self._trained()) if self.stage == 0 else self._shards()
+
+    def _owned(self) -> dict[str, _Owned]:
+        """Where this rank's ranges of the trained parameters lie in its shards."""
+        found: dict[str, _Owned] = {}
+        trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+        for place, (name, parameter) in enumerate(trained):
+            match self.stage:
+                case 0:
+                    found[name] = _Owned(Range(0, parameter.numel()), place, 0)
+                case 1 | 2:
+                    piece = parameter._hp_mapping  # type: ignore[attr-defined]
+                    if piece is not None:
+                        here, there = piece.lp_fragment_address, piece.hp_fragment_address
+                        found[name] = _Owned(Range(here.start, here.numel), piece.param_group_index, there.start)
+                case _:
+                    zero = self._engine.optimizer
+                    shard, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+                    start = length * zero._get_param_partition_rank(parameter)
+                    own = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]
+                    if own > 0:  # the last ranks may hold nothing but padding
+                        found[name] = _Owned(Range(start, own), shard, offset)
+        return found
+
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+
+    def state(self) -> EngineState:
+        """This rank's ranges; without ZeRO every rank has everything and hands out its share of each parameter."""
+        shards, keys, adamw, owned = self._shards(), self._keys(), self._adamw(), self._owned()
+        values: dict[str, Tensor] = {}
+        ranges: dict[str, Range] = {}
+        for name, place in owned.items():
+            moments = adamw.state.get(keys[place.shard], {})
+            sources = {"weight": shards[place.shard], **{kind: moments.get(kind) for kind in ("exp_avg", "exp_avg_sq")}}
+            if self._average:
+                sources["average"] = self._average[place.shard]
+            share = _share(place.range.length, self.rank, self.world) if self.stage == 0 else None
+            if share is not None and share.length == 0:
+                continue
+            ranges[name] = share or place.range
+            first = place.offset if share is None else share.start
+            for kind, source in sources.items():
+                length = ranges[name].length
+                values[f"{kind}/{name}"] = (
+                    torch.zeros(length)
+                    if source is None
+                    else source.detach().reshape(-1)[first : first + length].float().cpu().clone()
+                )
+        frozen = self._frozen()
+        with self._deepspeed.zero.GatheredParameters(list(frozen.values()), enabled=self.stage == 3 and bool(frozen)):
+            shared = shared_state(state_buffers(self.module), frozen) if self.rank == 0 else {}
+        steps = {name: steps_of(adamw, keys[owned[name].shard]) for name in ranges}
+        return EngineState(values, ranges, steps, trained_shapes(self.module), shared)
+
+    @torch.no_grad()
+    def load_state(self, saved: SavedState) -> None:
+        """Each rank reads the ranges that it owns; DeepSpeed's copies of the weights follow from them."""
+        saved.check_fits(trained_shapes(self.module))
+        if self.stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()
+        shards, keys, adamw, owned = self._shards(), self._keys(), self._adamw(), self._owned()
+        has_average = bool(self._average) and saved.has("average")
+        for name, place in owned.items():
+            moments = set_moments(adamw, keys[place.shard], saved.steps[name])
+            for kind, shard in (("weight", shards[place.shard]), *((k, moments[k]) for k in ("exp_avg", "exp_avg_sq"))):
+                place.write(shard, saved.read(kind, name, place.range))
+            if has_average:
+                place.write(self._average[place.shard], saved.read("average", name, place.range))
+        if self._average and not has_average:
+            self._average = [shard.detach().clone() for shard in shards]
+        match self.stage:
+            case 0:
+                pass
+            case 1 | 2:
+                self._engine.optimizer.update_lp_params()
+            case _:
+                for whole, part in zip(self._engine.optimizer.fp16_partitioned_groups_flat, shards, strict=True):
+                    whole.data.copy_(part.data)
+                self._engine.optimizer.checkpoint_event_epilogue()
+        buffers, frozen = saved.shared()
+        for name, buffer in state_buffers(self.module).items():
+            buffer.copy_(buffers[name])
+        kept = self._frozen()
+        with self._deepspeed.zero.GatheredParameters(
+            list(kept.values()), modifier_rank=0, enabled=self.stage == 3 and bool(kept)
+        ):
+            for name, parameter in kept.items():
+                if self.stage < 3 or self.rank == 0:
+                    parameter.copy_(frozen[name])
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A range of a parameter and where it lies."""
+
+    range: Range
+    shard: int
+    offset: int
+    """In the flattened shard."""
+
+    def write(self, shard: Tensor, values: Tensor) -> None:
+        """Overwrite the range, however the shard lies in memory."""
+        if values.numel() == shard.numel():
+            shard.data.copy_(values.view(shard.shape))
+        else:
+            shard.data[self.offset : self.offset + values.numel()].copy_(values)
+
+
+def _share(count: int, rank: int, world: int) -> Range:
+    """One rank's part of what all ranks have."""
+    start, end = rank * count // world, (rank + 1) * count // world
+    return Range(start, end - start)
