@@ -9,11 +9,15 @@ Axes: B images, N tokens, H heads, W channels of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+always_fused: ContextVar[bool] = ContextVar("always_fused", default=False)
+"""Set while a model is looked at as if on a GPU, wherever its weights lie: attention then takes the fused kernel."""
 
 _ROTARY_BASE = 100.0
 _EPSILON = 1e-12
@@ -84,7 +88,7 @@ def normalize_and_turn(query_key: Tensor, rotation: Tensor, temperature: Tensor)
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(B, N, H W) attention, from (B, N, H, W) each; the queries already carry the scale."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if query.device.type == "cpu" and torch.is_grad_enabled():
+    if query.device.type == "cpu" and torch.is_grad_enabled() and not always_fused.get():
         # On short sequences the fused kernel's backward is the slower one on a CPU; its forward is the faster.
         batch, heads, count, width = query.shape
         flat = [x.reshape(batch * heads, count, width) for x in (query, key, value)]
