@@ -7,6 +7,7 @@ and its artifacts go under the root.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from infra.errors import EnvironmentFailure, InputError
+from infra.lease import process_identity
 from infra.quiet import switch_off_telemetry
 from infra.secrets import mask
 from infra.storage import Store, place_new
@@ -27,9 +29,12 @@ from infra.storage import Store, place_new
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 KEY_TAG = "hvqd.key"
+PROCESS_TAG = "hvqd.process"
+"""Who writes the run now: JSON of `infra.lease.process_identity`, and the machine's name."""
 _SQLITE = "sqlite:///"
 _BATCH = 100
 _METRICS_A_BATCH = 1_000
+_RUNS_A_PAGE = 500
 _LONGEST_VALUE = 6_000
 _ANSWER_SECONDS = 5
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -222,7 +227,12 @@ class Tracker:
         with explained(self.uri):
             experiment = self._experiment_id()
             found = self.client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-            all_tags = {KEY_TAG: key, **(tags or {}), **({"mlflow.parentRunId": parent} if parent else {})}
+            all_tags = {
+                KEY_TAG: key,
+                PROCESS_TAG: json.dumps([process_identity(os.getpid()), socket.gethostname()]),
+                **(tags or {}),
+                **({"mlflow.parentRunId": parent} if parent else {}),
+            }
             if found:
                 run = TrackedRun(self.uri, found[0].info.run_id, resumed=True)
                 self.client.update_run(run.run_id, status="RUNNING")
@@ -233,11 +243,44 @@ class Tracker:
             run.log_params(params or {})
             return run
 
+    def runs(self, condition: str) -> Iterator[KnownRun]:
+        """The runs of the experiment that a condition in MLflow's language holds for, page by page."""
+        if not self.is_there:
+            return
+        with explained(self.uri):
+            experiment, token = self.client.get_experiment_by_name(self.experiment), None
+            while experiment is not None:
+                page = self.client.search_runs([experiment.experiment_id], condition, 1, _RUNS_A_PAGE, page_token=token)
+                for run in page:
+                    yield KnownRun(run.info.run_id, run.info.run_name, run.info.status, dict(run.data.tags))
+                if not (token := page.token):
+                    return
+
     def champion(self, model_name: str) -> str | None:
         """The version that the alias `champion` points to, or None."""
         from infra.models import Registry
 
         return Registry(self.uri).alias(model_name, "champion")
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """What the store says of a run."""
+
+    run_id: str
+    name: str
+    status: str
+    """RUNNING, FINISHED, FAILED, KILLED or SCHEDULED."""
+    tags: Mapping[str, str]
+
+    @property
+    def process(self) -> tuple[Any, str]:
+        """The identity of the process that wrote it last, and its machine; (None, "") where unknown."""
+        try:
+            identity, machine = json.loads(self.tags[PROCESS_TAG])
+        except (KeyError, ValueError, TypeError):
+            return None, ""
+        return identity, str(machine)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _STARTUP_TRIALS = 6
 """TPE draws at random until it knows so many trials: a sweep of dozens cannot spend Optuna's ten."""
 _MOST_ASKED = 30
 """Draws of TPE for one trial; when all are refused, random draws follow."""
-_MOST_REPEATS = 50
+_MOST_REPEATS = 200
 """Draws of what was tried before, one after the other, after which a space counts as exhausted."""
 
 
@@ -163,7 +163,8 @@ class TreeParzen:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._space, self._seed, self._tried = space, seed, _Tried(space)
         self.refused = self._tried.refused
-        directions = ["minimize" if metric.direction == "min" else "maximize" for metric in space.metrics]
+        down, up = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
+        directions = [down if metric.direction == "min" else up for metric in space.metrics]
         self._study = optuna.create_study(directions=directions, sampler=self._sampler(0))
         self._running: dict[int, Any] = {}
 
@@ -228,11 +229,12 @@ class TreeParzen:
                 return
             trial = self._replayed(drawn)
         states = optuna.trial.TrialState
-        values = [record.value(metric.name) for metric in self._space.metrics]
+        found = [record.value(metric.name) for metric in self._space.metrics]
+        values = [value for value in found if value is not None]
         match record.status:
             case "waiting" | "running":
                 self._running[record.number] = trial
-            case "finished" | "stopped" if None not in values:
+            case "finished" | "stopped" if len(values) == len(found):
                 if record.status == "finished" or len(values) > 1:
                     self._study.tell(trial, values)
                 else:
