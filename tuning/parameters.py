@@ -166,30 +166,36 @@ def _label(value: Any) -> Scalar:
 
 
 class RandomSuggester:
-    """Independent draws."""
+    """Turns numbers of [0, 1) into values: independent draws where the numbers are."""
 
-    def __init__(self, generator: np.random.Generator) -> None:
-        self._generator = generator
+    def __init__(self, source: np.random.Generator | Callable[[str], float]) -> None:
+        """Begin.
+
+        Args:
+            source: gives a number of [0, 1) for a name; of a generator, its next one.
+        """
+        self._source: Callable[[str], float] = (
+            (lambda _: float(source.random())) if isinstance(source, np.random.Generator) else source
+        )
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """Each choice is as likely."""
-        return choices[int(self._generator.integers(len(choices)))]
+        return choices[int(self._source(name) * len(choices))]
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """Evenly spread, over the logarithm if asked."""
         if not log:
-            return low + step * int(self._generator.integers((high - low) // step + 1))
+            return low + step * int(self._source(name) * ((high - low) // step + 1))
         # Every whole number has the same share of the logarithm's range as its neighbourhood of half a unit.
-        found = math.exp(self._generator.uniform(math.log(low - 0.5), math.log(high + 0.5)))
+        found = (low - 0.5) * ((high + 0.5) / (low - 0.5)) ** self._source(name)
         return min(max(round(found), low), high)
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
         """Evenly spread, over the logarithm if asked."""
-        if log:
-            return float(min(max(math.exp(self._generator.uniform(math.log(low), math.log(high))), low), high))
-        return float(self._generator.uniform(low, high))
+        place = self._source(name)
+        return min(max(low * (high / low) ** place, low), high) if log else low + (high - low) * place
 
 
 class FixedSuggester:
