@@ -1,0 +1,251 @@
+"""How often does the no-regression gate refuse a version that is as good as the champion, and let a worse one through?
+
+A pool of pictures is drawn from one trained model (tiny's, from `runs/tiny` if it has been run, otherwise trained
+here), and their features taken once. A trial draws the champion's evaluation and the new version's from the pool,
+2,000 pictures each and no picture in both, and resamples the test concepts; then it asks `max_kid_regression` at its
+default, 10 %. Versions that are worse by a known amount have a share of pictures of independent codes among theirs,
+such that over the whole pool their KID is larger by 10, 20 or 30 %. `standard_error` is what the gate itself states.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from runner import REPOSITORY, Benchmark, Figures, Target, main, work_folder
+
+sys.path.insert(0, str(REPOSITORY))
+
+from hvqd_model import HierarchicalVQ
+from hvqd_model.metrics import KidParts, kid_difference
+from hvqd_model.randomness import derive_key
+from infra.storage import open_store
+from workflows.artifacts import read_manifest
+from workflows.bundle import draw_labels, load_bundle
+from workflows.config import EvaluationSettings, GateSettings, RunConfig
+from workflows.data.batches import CodeTable, ImageTable
+from workflows.features import FeatureExtractor
+from workflows.generate import decode_codes, draw_images
+from workflows.loading import config_from, load_config, read_remembered
+
+_POOL, _QUICK_POOL = 8_000, 600
+_MARGINALS, _QUICK_MARGINALS = 2_000, 300
+_TRIALS, _QUICK_TRIALS = 1_000, 200
+_RESAMPLES = 400
+_WORSE = (0.1, 0.2, 0.3)
+_QUICK_PICTURES = 200
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Features of one model's pictures, of pictures of independent codes, and of the test pictures."""
+
+    samples: NDArray[np.float32]
+    marginals: NDArray[np.float32]
+    test: NDArray[np.float32]
+    groups: NDArray[np.str_]
+
+
+def trained_root() -> Path:
+    """A finished run of tiny: the user's own, or one trained for this."""
+    own = REPOSITORY / "runs" / "tiny"
+    if (own / "evaluation" / "manifest.json").is_file():
+        return own
+    root = work_folder("gate_power") / "tiny"
+    if not (root / "evaluation" / "manifest.json").is_file():
+        command = [str(Path(sys.executable).with_name("hvqd")), "run", "--preset", "tiny", "--root", str(root)]
+        subprocess.run(command, check=True, cwd=work_folder("gate_power"))
+    return root
+
+
+def draw_pool(root: Path, count: int, marginals: int) -> Pool:
+    """Draw and look at the pictures; what has been drawn lies in the cache."""
+    store = open_store(str(root))
+    config = config_from(read_remembered(store) or load_config("tiny").model_dump(mode="json"))
+    bundle, dataset = load_bundle(root), read_manifest(store.child("dataset"), "hvqd data build")
+    features = FeatureExtractor(config.evaluation.feature_size)
+    kept = work_folder("gate_power") / f"pool-{bundle.digest[:12]}"
+    kept.mkdir(exist_ok=True)
+
+    def part(name: str, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        path = kept / f"{name}.npy"
+        if not path.is_file():
+            scratch = kept / f"{name}.partial.npy"
+            np.save(scratch, make())
+            scratch.replace(path)
+        return np.asarray(np.load(path), dtype=np.float32)
+
+    def drawn(start: int, end: int) -> NDArray[np.float32]:
+        seeds = [derive_key("gate power", index) for index in range(start, end)]
+        labels = draw_labels(seeds, bundle.class_rows)
+        return features(draw_images(bundle.vq, bundle.prior, seeds, labels, config.sampling))
+
+    starts = range(0, count, _AT_ONCE)
+    chunks = [
+        part(f"samples-{a}-{min(a + _AT_ONCE, count)}", lambda a=a: drawn(a, min(a + _AT_ONCE, count))) for a in starts
+    ]
+    images = ImageTable.open(store.child("dataset"), dataset, "test")
+    return Pool(
+        np.concatenate(chunks),
+        part(f"marginals-{marginals}", lambda: features(_marginals(root, config, bundle.vq, marginals))),
+        part("test", lambda: features(np.asarray(images.images))),
+        np.asarray(images.groups),
+    )
+
+
+def _marginals(root: Path, config: RunConfig, vq: HierarchicalVQ, count: int) -> NDArray[np.uint8]:
+    """Pictures whose codes come from a training picture each, independently of one another."""
+    store = open_store(str(root))
+    table = CodeTable.open(store.child("codes"), read_manifest(store.child("codes"), "hvqd encode"), "train")
+    rng = np.random.default_rng(0)
+    codes = []
+    for level in table.codes:
+        flat = np.asarray(level).reshape(len(level), -1)
+        rows = rng.integers(0, len(flat), (count, flat.shape[1]))
+        codes.append(flat[rows, np.arange(flat.shape[1])].reshape(count, *level.shape[1:]).astype(np.int64))
+    return decode_codes(vq, codes, config.sampling.batch)
+
+
+# ---- trials ----
+
+
+class Kernels:
+    """KID's kernel between all pictures of a pool, computed once; rows are samples first, then marginals."""
+
+    def __init__(self, pool: Pool) -> None:
+        pictures = torch.from_numpy(np.concatenate([pool.samples, pool.marginals])).double()
+        test = torch.from_numpy(pool.test).double()
+        self.samples, self.marginals = len(pool.samples), len(pool.marginals)
+        names, groups = np.unique(pool.groups, return_inverse=True)
+        self.among = torch.empty(len(pictures), len(pictures), dtype=torch.float32)
+        for start in range(0, len(pictures), _AT_ONCE):
+            self.among[start : start + _AT_ONCE] = _kernel(pictures[start : start + _AT_ONCE], pictures).float()
+        across = _kernel(pictures, test)
+        blocks = torch.zeros(len(pictures), len(names), dtype=torch.float64)
+        self.blocks = blocks.index_add_(1, torch.from_numpy(groups), across)
+        """(n, G) sum of the kernel with the test pictures of each concept."""
+        self.counts = tuple(np.bincount(groups).tolist())
+        inner = _kernel(test, test)
+        self.test_within = float((inner.sum() - inner.diagonal().sum()) / (len(test) * (len(test) - 1)))
+
+    def parts(self, rows: NDArray[np.int64]) -> KidParts:
+        """What `hvqd_model.metrics.kid_parts` gives for these pictures."""
+        chosen = torch.from_numpy(rows)
+        among, across, count = self.among[chosen][:, chosen].double(), self.blocks[chosen], len(rows)
+        row = among.sum(1) - among.diagonal()
+        influence = 2 * (row / (count - 1) - across.sum(1) / sum(self.counts))
+        return KidParts(
+            within=float(row.sum() / (count * (count - 1))),
+            across=tuple(across.mean(0).tolist()),
+            counts=self.counts,
+            set_error=float(influence.std() / count**0.5),
+        )
+
+    def kid(self, parts: KidParts) -> float:
+        """The KID of a set of which these are the parts."""
+        return self.test_within + parts.within - 2 * sum(parts.across) / sum(parts.counts)
+
+    def worse_share(self, growth: float) -> float:
+        """Share of marginals in a mixture whose KID, over the whole pool, is larger by this growth."""
+        everything = np.arange(self.samples + self.marginals)
+        one, other = (self.kid(self.parts(rows)) for rows in np.split(everything, [self.samples]))
+        # KID is a squared distance of mean embeddings; with s and m those of the two sets, seen from the test set's,
+        # |(1-a) s + a m|^2 = (1-a)^2 |s|^2 + 2a(1-a) s.m + a^2 |m|^2.
+        mean = float(self.among[: self.samples, self.samples :].double().mean())
+        seen = [
+            float(part.mean(0).sum()) / sum(self.counts) for part in self.blocks.split([self.samples, self.marginals])
+        ]
+        inner = mean - sum(seen) + self.test_within
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            share = (low + high) / 2
+            found = (1 - share) ** 2 * one + 2 * share * (1 - share) * inner + share**2 * other
+            low, high = (share, high) if found < one * (1 + growth) else (low, share)
+        return share
+
+
+def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def trial(kernels: Kernels, samples: int, share: float, rng: np.random.Generator) -> tuple[float, float]:
+    """Growth of the KID that one comparison shows, and its stated standard error."""
+    order = rng.permutation(kernels.samples)
+    replaced = rng.binomial(samples, share)
+    worse = kernels.samples + rng.choice(kernels.marginals, replaced, replace=False)
+    new = np.concatenate([order[samples : 2 * samples - replaced], worse])
+    parts = [kernels.parts(rows) for rows in (new, order[:samples])]
+    before = kernels.kid(parts[1])
+    drawn = _resampled(parts, rng)
+    difference, error = kid_difference(drawn[0], drawn[1], _RESAMPLES, seed=0)
+    return difference / before, error / before
+
+
+def _resampled(parts: list[KidParts], rng: np.random.Generator) -> list[KidParts]:
+    """The same comparison on concepts drawn with replacement, the same for both."""
+    chosen = rng.integers(0, len(parts[0].counts), len(parts[0].counts))
+    return [
+        KidParts(
+            one.within,
+            tuple(one.across[index] for index in chosen),
+            tuple(one.counts[index] for index in chosen),
+            one.set_error,
+        )
+        for one in parts
+    ]
+
+
+def rates(pool: Pool, samples: int, trials: int, seed: int) -> Figures:
+    """How often the gate refuses, for versions as good and for worse ones."""
+    limit = GateSettings().max_kid_regression
+    assert limit is not None
+    rng, kernels = np.random.default_rng(seed), Kernels(pool)
+    figures: Figures = {"samples": float(samples), "trials": float(trials)}
+    errors: list[float] = []
+    for growth in (0.0, *_WORSE):
+        share = kernels.worse_share(growth) if growth else 0.0
+        found = [trial(kernels, samples, share, rng) for _ in range(trials)]
+        refused = float(np.mean([value > limit for value, _ in found]))
+        errors += [error for _, error in found] if not growth else []
+        name = f"caught_{growth * 100:.0f}_percent_worse" if growth else "false_refusals"
+        figures[name] = refused
+        figures[f"spread_{growth * 100:.0f}"] = float(np.std([value for value, _ in found]))
+    figures["standard_error"] = float(np.median(errors))
+    return figures
+
+
+def measure(quick: bool, seed: int) -> Figures:
+    """The rates at the default number of samples; quickly, of a stand-in that has learned nothing."""
+    if quick:
+        return rates(_stand_in(), _QUICK_PICTURES, _QUICK_TRIALS, seed)
+    return rates(draw_pool(trained_root(), _POOL, _MARGINALS), EvaluationSettings().samples, _TRIALS, seed)
+
+
+def _stand_in() -> Pool:
+    """Features of nobody's pictures: two clouds at known distances from a third, to try the machinery."""
+    rng = np.random.default_rng(0)
+    scale = np.linspace(1.0, 0.2, 64)
+
+    def cloud(count: int, shift: float) -> NDArray[np.float32]:
+        return (rng.normal(size=(count, 64)) * scale + shift).astype(np.float32)
+
+    return Pool(cloud(_QUICK_POOL, 0.4), cloud(_QUICK_MARGINALS, 0.8), cloud(200, 0.0), np.arange(200).astype(str))
+
+
+BENCHMARK = Benchmark(
+    name="gate_power",
+    what=__doc__ or "",
+    parts={"rates": measure},
+    targets=(Target("false_refusals", "<=", 0.05), Target("caught_20_percent_worse", ">=", 0.95)),
+    repeats=1,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCHMARK))
