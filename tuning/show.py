@@ -68,12 +68,12 @@ class Shown:
         for name, parameter in self.space.parameters.items():
             key = self.space.key_of(name)
             sets = "" if key is None else key if key != name else "itself"
-            kind = (
-                parameter.kind + (", a list" if parameter.length else "") + (", ordered" if parameter.ordered else "")
-            )
-            table.add_row(*map(Text, (name, sets, kind, _values(parameter), _applies(parameter))))
+            count = parameter.count()
+            shown = "" if count is None else f"{count:,}" + (" each" if parameter.length else "")
+            kind = f"ordered {parameter.kind}" if parameter.ordered else parameter.kind
+            table.add_row(*map(Text, (name, sets, kind, shown, _values(parameter), _applies(parameter))))
         for key, expression in self.space.computed.items():
-            table.add_row(*map(Text, ("", key, "computed", expression, "")))
+            table.add_row(*map(Text, ("", key, "computed", "", expression, "")))
         return table
 
     def _facts(self) -> list[str]:
