@@ -6,7 +6,6 @@ run when the process that wrote it ran on this machine and is gone, a folder of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +131,7 @@ def _sweep_folders(sweep: Store) -> Iterator[Finding]:
                     yield _folder(checkpoints, f"checkpoints of a trial that is {record.status}")
                 continue
             for checkpoint in checkpoints.children():
-                if re.fullmatch(r"\d+-w\d+", checkpoint) and not checkpoints.child(checkpoint).exists(MANIFEST):
+                if checkpoint[0].isdigit() and not checkpoints.child(checkpoint).exists(MANIFEST):
                     yield _folder(checkpoints.child(checkpoint), "a checkpoint that was never completed")
 
 

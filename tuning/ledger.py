@@ -112,27 +112,39 @@ class Ledger:
             if not self._open:
                 return None
             if self._waiting:
-                return self._records[self._waiting.pop(0)]
+                return self._handed_out(self._waiting.pop(0))
             number = max(self._records, default=-1) + 1
             if len(self._records) >= most:
                 return None
             drawn = self._searcher.propose(number)
-            return None if drawn is None else self._begin(number, drawn)
+            if drawn is None:
+                return None
+            self._begin(number, drawn)
+            return self._handed_out(number)
 
-    def _begin(self, number: int, drawn: Drawn) -> TrialRecord:
+    def _handed_out(self, number: int) -> TrialRecord:
+        self._since[number] = time.monotonic()
+        self._change(number, facts={**self._records[number].facts, "started": _now()})
+        return self._records[number]
+
+    def _begin(self, number: int, drawn: Drawn) -> None:
         config = self.space.check(drawn).model_copy(update={"root": self._root_url})
         folder = trial_folder(self.store, number)
         folder.delete()  # what a crash left of a trial that has no record
         folder.write_bytes(CONFIGURATION, to_yaml(masked(config), documented=False).encode())
-        record = TrialRecord(number, drawn, self.space.settings(drawn))
-        self._put(record)
-        return record
+        self._put(TrialRecord(number, drawn, self.space.settings(drawn)))
 
     def started(self, number: int) -> None:
         """The trial's workers are being started."""
         with self._lock:
-            self._since[number] = time.monotonic()
             self._change(number, status="running")
+
+    def stepped(self, number: int) -> None:
+        """Its workers train: the first of their steps in this session has been heard of."""
+        with self._lock:
+            facts = self._records[number].facts
+            if self._records[number].status == "running" and facts.get("first_step", 0.0) < facts["started"]:
+                self._change(number, facts={**facts, "first_step": _now()})
 
     def rung(self, number: int, images: int, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
         """What was measured after so many images, and whether the trial ends with it; what is known already is kept."""
@@ -143,15 +155,12 @@ class Ledger:
                 rungs = (*rungs, Rung(images, dict(metrics)))
             self._change(number, rungs=rungs, **({"status": "stopped"} if stopped else {}))
 
-    def ended(
-        self, number: int, status: Status, error: str | None = None, facts: Mapping[str, Any] | None = None
-    ) -> None:
+    def ended(self, number: int, status: Status, error: str | None = None) -> None:
         """How the trial ended; the searcher learns of it."""
         with self._lock:
             if self._open:
-                self._change(number, status=status, error=None if error is None else mask(error))
-                if facts:
-                    self._change(number, facts={**self._records[number].facts, **facts})
+                kept = {**self._records[number].facts, "ended": _now()}
+                self._change(number, status=status, error=None if error is None else mask(error), facts=kept)
                 self._searcher.tell(self._records[number])
                 self._since.pop(number, None)
 
@@ -175,6 +184,11 @@ class Ledger:
         self._records[record.number] = record
         for listener in self._listeners:
             listener(record)
+
+
+def _now() -> float:
+    """Seconds since 1970, for people and for what a sweep cost; nothing is decided by it."""
+    return round(time.time(), 2)
 
 
 def best_of(space: SearchSpace, records: Iterable[TrialRecord]) -> TrialRecord | None:

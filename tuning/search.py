@@ -130,6 +130,10 @@ def _search(ledger: Ledger, most: int, numbers: dict[str, int]) -> Any:
     from ray.tune.search import Searcher
 
     class FromLedger(Searcher):  # type: ignore[misc]
+        def __reduce__(self) -> Any:
+            """Tune keeps a snapshot of its parts; this one is on the root already."""
+            return object, ()
+
         def suggest(self, trial_id: str) -> Any:
             record = ledger.next_trial(most)
             if record is None:
@@ -154,6 +158,10 @@ def _bookkeeper(ledger: Ledger, numbers: Mapping[str, int]) -> Any:
     from ray import tune
 
     class Bookkeeper(tune.Callback):  # type: ignore[misc]
+        def __reduce__(self) -> Any:
+            """As for the searcher."""
+            return object, ()
+
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             ledger.started(numbers[trial.trial_id])
 

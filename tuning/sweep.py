@@ -347,6 +347,8 @@ class _Session:
             for kind, (number, content) in ray.get(mailbox.take.remote()):
                 match kind:
                     case "progress":
+                        if content[2] == "images":
+                            self.ledger.stepped(number)
                         table.progress(number, *content)
                     case "record":
                         runs.heard(number, content)

@@ -41,9 +41,11 @@ def test_what_the_ledger_was_told_is_on_the_disk_after_each_call(tmp_path: Path)
     book.listen(heard.append)
     record = book.next_trial(2)
     assert record is not None
-    steps: list[tuple[Status, int]] = [("waiting", 0)]
+    steps: list[tuple[Status, int]] = [("waiting", 0), ("waiting", 0)]
     book.started(0)
-    steps.append(("running", 0))
+    book.stepped(0)
+    book.stepped(0)
+    steps += [("running", 0), ("running", 0)]
     book.rung(0, 160, {PSNR: 15.0})
     steps.append(("running", 160))
     book.rung(0, 320, {PSNR: 16.0}, stopped=True)
@@ -52,6 +54,8 @@ def test_what_the_ledger_was_told_is_on_the_disk_after_each_call(tmp_path: Path)
     assert [(r.status, r.images) for r in heard] == [*steps, ("stopped", 320)]
     assert read_trials(store) == book.records == [heard[-1]]
     assert heard[-1].drawn == record.drawn and heard[-1].value(PSNR) == 16.0
+    facts = heard[-1].facts
+    assert facts["started"] <= facts["first_step"] <= facts["ended"]
 
 
 def test_a_trial_is_run_from_a_complete_configuration_that_names_the_sweeps_root(tmp_path: Path) -> None:
