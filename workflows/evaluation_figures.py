@@ -102,17 +102,17 @@ def reconstruction_figures(
 def code_figures(
     counts: Sequence[NDArray[np.int64]],
     pictures: int,
-    bits: Sequence[NDArray[np.float64]],
+    bits: Sequence[NDArray[np.float64]] | None,
     grids: Sequence[tuple[int, int]],
     groups: NDArray[Any],
     resampling: Resampling,
 ) -> dict[str, Figure]:
-    """Rate, usage and perplexity of the codebooks, and the prior's bound on the code length.
+    """Rate, usage and perplexity of the codebooks, and the prior's bound on the code length where it has one.
 
     Args:
         counts: (K,) of each level, how often each code occurs in all encoded pictures.
         pictures: how many pictures were counted.
-        bits: (N,) of each level, the bound on a test picture's codes.
+        bits: (N,) of each level, the bound on a test picture's codes; None for a prior without one.
         grids: (rows, columns) of each level.
     """
     sizes = [rows * columns for rows, columns in grids]
@@ -122,8 +122,10 @@ def code_figures(
         used = torch.from_numpy(count)
         figures[f"usage_{level}"] = Figure(metrics.usage(used), pictures)
         figures[f"perplexity_{level}"] = Figure(metrics.perplexity(used), pictures)
-        figures[f"bits_{level}"] = resampling.mean(bits[level] / size, groups)
-    figures["bits_total"] = resampling.mean(np.sum(bits, axis=0), groups)
+        if bits is not None:
+            figures[f"bits_{level}"] = resampling.mean(bits[level] / size, groups)
+    if bits is not None:
+        figures["bits_total"] = resampling.mean(np.sum(bits, axis=0), groups)
     return figures
 
 

@@ -203,10 +203,23 @@ def _drawn_labels(subject: Subject, count: int) -> NDArray[np.int64]:
     return np.asarray(np.sort(subject.train.labels)[rows], dtype=np.int64)
 
 
-def drawn(subject: Subject, name: str, prior: HierarchicalPrior, count: int, sampling: SamplingSettings) -> PictureSet:
-    """Pictures drawn from a prior, chunk by chunk so that an interruption loses little."""
+def drawn(
+    subject: Subject,
+    name: str,
+    prior: HierarchicalPrior,
+    count: int,
+    sampling: SamplingSettings,
+    *,
+    with_classes: bool = True,
+) -> PictureSet:
+    """Pictures drawn from a prior, chunk by chunk so that an interruption loses little.
+
+    Args:
+        with_classes: ask for classes as often as the training pictures have them; else for none.
+    """
     config = subject.context.config
-    seeds, labels = keys_of(count, "evaluation sample", config.evaluation.seed), _drawn_labels(subject, count)
+    seeds = keys_of(count, "evaluation sample", config.evaluation.seed)
+    labels = _drawn_labels(subject, count) if with_classes else np.full(count, -1, dtype=np.int64)
     size = sampling.batch * -(-_CHUNK // sampling.batch)
     chunks = []
     for start in range(0, count, size):
@@ -230,7 +243,7 @@ def drawn(subject: Subject, name: str, prior: HierarchicalPrior, count: int, sam
 def untrained(subject: Subject) -> HierarchicalPrior:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.context.config.evaluation.seed)
-        return HierarchicalPrior(subject.prior.config, subject.vq.codebooks).eval()
+        return HierarchicalPrior(subject.prior.config, subject.vq.codebooks, subject.prior.statistics).eval()
 
 
 def marginals(subject: Subject, count: int) -> PictureSet:

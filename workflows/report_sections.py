@@ -34,8 +34,19 @@ _MEANINGS = {
     "nearest_train_samples": "Distance to the nearest training picture, samples (median)",
     "nearest_train_heldout": "The same for held-out real pictures",
     "nearest_train_reconstructions": "The same for held-out reconstructions",
+    "nearest_train_copies": "The same for reconstructed training pictures: what copies would show",
+    "memorisation_ratio": "Samples over held-out reconstructions: 1 is as new as those",
+    "memorisation_ratio_copies": "What that ratio would be for copies",
+    "memorised_share": "Share of samples nearer to a training picture than 1 % of held-out reconstructions",
+    "class_coverage": "Overlap of the classes of samples that nobody asked a class of with those of the data",
+    "class_missing": "Classes that such samples leave out",
 }
-_LEVELS = {"usage": "Codes used", "perplexity": "Perplexity of the codes", "bits": "Bits a code under the prior"}
+_LEVELS = {
+    "usage": "Codes used",
+    "perplexity": "Perplexity of the codes",
+    "bits": "Bits a code under the prior",
+    "error": "Error of the predicted latents",
+}
 
 
 def pictures(store: Store, measured: Mapping[str, Any]) -> str:
@@ -107,10 +118,12 @@ def codebooks(store: Store, figures: Figures) -> str:
         )
         for index, level in enumerate(counts)
     ]
+    under = "; the prior's Gaussian noise bounds no code length."
+    if "bits_total" in figures:
+        under = f" and {short(figures['bits_total']['value'])} under the prior."
     text = (
         "How often each code occurs in the whole encoded dataset; level 0 is the coarsest. "
-        f"An image's codes take {short(figures['rate_bits']['value'])} bits as they are and "
-        f"{short(figures['bits_total']['value'])} under the prior."
+        f"An image's codes take {short(figures['rate_bits']['value'])} bits as they are{under}"
     )
     return section("codebooks", "Codebooks", text, f'<div class="charts">{"".join(charts)}</div>')
 

@@ -78,6 +78,13 @@ class HierarchicalPrior(nn.Module):
         return self.process.schedule
 
     @property
+    def statistics(self) -> list[LatentStatistics] | None:
+        """Mean and deviation of each level's latents, which a Gaussian prior keeps."""
+        if not isinstance(self.process, GaussianProcess):
+            return None
+        return [self.process.normalizer.statistics(level) for level in range(len(self.sizes))]
+
+    @property
     def sizes(self) -> list[int]:
         """N of each level."""
         return self.denoiser.sizes
