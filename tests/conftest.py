@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.command_line import environment, run_hvqd
-from tests.services import MLflowServer, S3Server, mlflow_server, seaweedfs
+from tests.services import MLflowServer, S3Server, free_ports, mlflow_on, mlflow_server, postgresql, seaweedfs
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,24 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server with one empty bucket."""
     with seaweedfs(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@dataclass(frozen=True)
+class RegistryServer:
+    """An MLflow server on PostgreSQL, with its artifacts on S3."""
+
+    address: str
+    env: dict[str, str]
+    """What a client needs in its environment."""
+
+
+@pytest.fixture(scope="session")
+def registry_server(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+    """The registry as a team has it."""
+    folder, (port,) = tmp_path_factory.mktemp("registry"), free_ports(1)
+    artifacts = f"s3://{s3_server.bucket}/mlflow"
+    with postgresql() as database, mlflow_on(database, artifacts, folder, s3_server.env, port) as server:
+        yield RegistryServer(server.address, s3_server.env)
 
 
 @pytest.fixture(scope="session")

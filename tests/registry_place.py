@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import signal
 import time
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from mlflow.exceptions import MlflowException
+
 from infra.errors import GateRefusal, InputError
 from infra.models import Registry
-from infra.storage import open_store
+from infra.storage import Store, open_store
 from infra.tracking import Tracker
 from workflows.bundle import DESCRIPTION, DIGESTS, bundle_digest
 from workflows.config import RunConfig
@@ -37,7 +41,7 @@ WITHOUT_FILES = {
 
 
 class Place:
-    """A root with an sqlite registry, and versions in it that have figures but no models."""
+    """A root with a registry, and versions in it that have figures but no models."""
 
     def __init__(self, root: Path, **settings: object) -> None:
         self.config = RunConfig.model_validate({"root": str(root), "gates": WITHOUT_FILES, **settings})
@@ -76,6 +80,21 @@ class Place:
         return self.registry.create("hvqd", source, run.run_id, tags, "a card")
 
     @property
+    def journal_folder(self) -> Store:
+        """Where the journal's entries lie."""
+        return promoter_for(self.context, self.tracker).folder
+
+    def lose_files(self, version: str) -> None:
+        """Somebody deletes what a version's folder is known by."""
+        open_store(self.registry.source("hvqd", version)).delete("MLmodel")
+
+    def clear(self) -> None:
+        """Forget the model and its journal, which tests on one server share."""
+        with suppress(MlflowException):
+            self.registry.client.delete_registered_model("hvqd")
+        self.journal_folder.delete()
+
+    @property
     def champion(self) -> str | None:
         return self.registry.alias("hvqd", "champion")
 
@@ -105,9 +124,10 @@ KIDS = (1.0, 2.0, 1.05, 0.9, 1.5, 1.0)
 """KID of each version that racing promoters choose from: some are too much worse than others."""
 
 
-def _promote_at_random(root: str, seed: int) -> None:
+def _promote_at_random(root: str, uri: str | None, environment: dict[str, str], seed: int) -> None:
     """Promote and roll back until killed."""
-    place, draw = Place(Path(root)), random.Random(seed)
+    os.environ.update(environment)  # a fork server has that of its own start
+    place, draw = Place(Path(root), tracking={"uri": uri}), random.Random(seed)
     while True:
         try:
             if draw.random() < 0.3:
@@ -127,8 +147,10 @@ def race(place: Place, promoters: int, seed: int) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     draw, before = random.Random(seed), len(place.actions())
+    outside = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    told = (str(place.context.root.path), place.config.tracking.uri, outside)
     running: list[BaseProcess] = [
-        context.Process(target=_promote_at_random, args=(str(place.context.root.path), 100 * seed + one), daemon=True)
+        context.Process(target=_promote_at_random, args=(*told, 100 * seed + one), daemon=True)
         for one in range(promoters)
     ]
     for process in running:

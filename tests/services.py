@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,6 +114,74 @@ def mlflow_server(folder: Path) -> Iterator[MLflowServer]:
         *("--default-artifact-root", f"{folder}/artifacts", "--no-serve-artifacts"),
     ]
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1"}
+    address = f"http://127.0.0.1:{port}"
+
+    def probe() -> None:
+        urllib.request.urlopen(f"{address}/health", timeout=5).close()
+
+    with _running(f"MLflow at {address}", command, settings, folder, probe):
+        yield MLflowServer(address, folder)
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """The address of an empty PostgreSQL database, from the binaries of the wheel `pgserver`.
+
+    PostgreSQL refuses to run as root, and an unprivileged user can't enter pytest's folders: it gets one of its own.
+    """
+    package = Path(str(importlib.util.find_spec("pgserver").submodule_search_locations[0]))  # type: ignore[union-attr,index]
+    folder = Path(tempfile.mkdtemp(prefix="hvqd-postgresql-"))
+    port = free_ports(1)[0]
+    data, log = folder / "data", folder / "server.log"
+    is_root = os.geteuid() == 0
+    owner = {"user": "nobody", "group": "nogroup", "extra_groups": []} if is_root else {}
+    try:
+        for name in ("pgserver", "pgserver.libs"):  # found relative to the binaries
+            shutil.copytree(package.with_name(name), folder / name)
+        binaries = folder / "pgserver" / "pginstall" / "bin"
+        data.mkdir(mode=0o700)
+        folder.chmod(0o755)
+        if is_root:
+            shutil.chown(data, "nobody", "nogroup")
+        made = subprocess.run(
+            [binaries / "initdb", "-A", "trust", "-U", "hvqd", "-E", "UTF8", "--no-locale", "--no-sync", "-D", data],
+            cwd=folder, capture_output=True, text=True, **owner,  # type: ignore[call-overload]
+        )  # fmt: skip
+        assert made.returncode == 0, made.stdout + made.stderr
+        settings = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", f"unix_socket_directories={data}")
+        command = [binaries / "postgres", "-h", "127.0.0.1", "-p", str(port), "-k", data, "-D", data]
+        command += [part for setting in settings for part in ("-c", setting)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **owner
+            )
+        try:
+            _await(f"PostgreSQL on port {port}", process, lambda: _ask_postgresql(port), log)
+            yield f"postgresql+psycopg2://hvqd@127.0.0.1:{port}/postgres"
+        finally:
+            process.send_signal(signal.SIGQUIT)
+            process.wait()
+    finally:
+        shutil.rmtree(folder)
+
+
+def _ask_postgresql(port: int) -> None:
+    import psycopg2
+
+    try:
+        psycopg2.connect(f"host=127.0.0.1 port={port} user=hvqd dbname=postgres connect_timeout=5").close()
+    except psycopg2.OperationalError as error:
+        raise OSError(str(error)) from error
+
+
+@contextmanager
+def mlflow_on(database: str, artifacts: str, folder: Path, env: Mapping[str, str], port: int) -> Iterator[MLflowServer]:
+    """MLflow's server on a database and an object store, which its clients write directly."""
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", database, "--default-artifact-root", artifacts, "--no-serve-artifacts"),
+    ]
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true", "OMP_NUM_THREADS": "1", **env}
     address = f"http://127.0.0.1:{port}"
 
     def probe() -> None:

@@ -8,16 +8,26 @@ from pathlib import Path
 import pytest
 
 from infra.errors import EnvironmentFailure, GateRefusal, InputError
+from tests.conftest import RegistryServer
 from tests.registry_place import KIDS, Place, race
 from workflows.promotion import ENTRY_TAG, promote, promoter_for, rollback
 from workflows.versions import compare_versions, history, list_versions, repair, show_version
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path / "run")
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.long)])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """sqlite and a folder, or an MLflow server on PostgreSQL with artifacts on S3."""
+    if request.param == "sqlite":
+        return Place(tmp_path / "run")
+    server: RegistryServer = request.getfixturevalue("registry_server")
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    found = Place(tmp_path / "run", tracking={"uri": server.address})
+    found.clear()
+    return found
 
 
+@pytest.mark.parametrize("place", ["sqlite", "server"], indirect=True)
 def test_a_release_owners_day(place: Place) -> None:
     """Promote, refuse, override, roll back twice: aliases and journal tell the same story."""
     one, two, three = place.version(), place.version(kid_samples=2.0), place.version(kid_samples=0.9)
@@ -57,7 +67,7 @@ def test_a_dry_run_asks_the_gates_and_leaves_no_trace(place: Place) -> None:
     promote(place.context, place.tracker, one, dry_run=True)
     with pytest.raises(GateRefusal, match=r"min_psnr fails: PSNR on test pictures, dB is 1, at least 20 is asked"):
         promote(place.context, place.tracker, bad, dry_run=True)
-    assert place.champion is None and not (place.context.root.path / "audit").exists()
+    assert place.champion is None and place.journal_folder.files() == {}
 
 
 def test_what_cannot_be_rolled_back_is_said(place: Place) -> None:
@@ -73,7 +83,7 @@ def test_what_cannot_be_rolled_back_is_said(place: Place) -> None:
     refuses(r"--reason must say why\nhint: it is recorded", reason="  ")
     refuses(r"version 3 of hvqd is none of the champions to go back to: 1, 2\nhint: `hvqd promote --version`", three)
     refuses(r"version 2 of hvqd is champion already\nhint: nothing was changed", two)
-    Path(place.registry.source("hvqd", one)).joinpath("MLmodel").unlink()
+    place.lose_files(one)
     refuses(r"the files of hvqd version 1 are gone: .*\nhint: restore them, or name another version")
     assert place.champion == "2"
     place.check_consistent()
@@ -126,6 +136,7 @@ def test_what_a_crash_left_unfinished_is_finished_by_whoever_comes_next(place: P
     place.check_consistent()
 
 
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 def test_a_registry_restored_from_yesterday_is_refused_and_not_mixed(place: Place) -> None:
     """The journal knows a champion that the restored database has never heard of."""
     one = place.version()
@@ -146,8 +157,9 @@ def test_a_registry_restored_from_yesterday_is_refused_and_not_mixed(place: Plac
 def test_a_tampered_journal_is_named(place: Place) -> None:
     place.promote(place.version())
     place.promote(place.version())
-    file = place.context.root.path / "audit" / "hvqd" / "000001.json"
-    file.write_text(file.read_text().replace('"psnr": 25.0', '"psnr": 35.0'))
+    folder = place.journal_folder
+    content = folder.read_bytes("000001.json")
+    folder.write_bytes("000001.json", content.replace(b'"psnr": 25.0', b'"psnr": 35.0'))
     with pytest.raises(InputError, match=r"the journal of hvqd at .* does not hold: entry 1 has been changed\nhint: "):
         history(place.context, place.tracker, verify=True)
     assert len(history(place.context, place.tracker, verify=False).value["entries"]) == 2
@@ -197,6 +209,7 @@ def test_versions_are_listed_shown_and_compared(place: Place) -> None:
             compare_versions(place.context, place.tracker, "1", name)
 
 
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 def test_without_a_registry_the_questions_say_so(place: Place) -> None:
     for ask in (list_versions, lambda *given: show_version(*given, "1"), lambda *given: history(*given, verify=True)):
         with pytest.raises(InputError, match=r"the model hvqd has no versions yet\nhint: `hvqd register` makes one"):
