@@ -28,6 +28,7 @@ from workflows.report_sections import (
     neighbours,
     pictures,
     span,
+    time_accounts,
 )
 from workflows.requests import PARENTS
 
@@ -218,7 +219,7 @@ def _cost(manifests: Mapping[str, Manifest]) -> str:
     rows.append(["Total", _duration(total_seconds), "", "", "", f"{total_hours:.3f}", ""])
     head = ["Step", "Time", "Workers &times; threads", "Images", "Images/s", "CPU-hours", "Parameters"]
     text = "Multiply the CPU-hours by your price of one. Times are of the machine that made each artifact."
-    return section("cost", "Time and cost", text, table(head, rows))
+    return section("cost", "Time and cost", text, table(head, rows), time_accounts(manifests))
 
 
 def _lineage(context: Context, manifests: Mapping[str, Manifest]) -> str:

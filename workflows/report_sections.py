@@ -11,6 +11,7 @@ from infra.storage import Store
 from workflows.artifacts import Manifest
 from workflows.report_figures import history_charts, short, usage_chart
 from workflows.report_page import captioned, folded, picture_rows, section, table
+from workflows.training.ledger import MEANING
 
 Figures = Mapping[str, Mapping[str, Any]]
 """The figures of metrics.json."""
@@ -211,3 +212,18 @@ def all_figures(figures: Figures, protocol: Mapping[str, Any]) -> str:
         folded(f"{len(rows)} figures", table(["", "Value", "95 % interval", "Pictures"], rows)),
         folded("Protocol", table(["", "How"], protocol_rows).replace("<td>", '<td class="wrap">')),
     )
+
+
+def time_accounts(manifests: Mapping[str, Manifest]) -> str:
+    """Where the trainings' time went: seconds of each account, and the share that was steps which count."""
+    books = {kind: m.provenance["goodput"] for kind, m in manifests.items() if "goodput" in m.provenance}
+    if not books:
+        return ""
+    rows = []
+    for account, meaning in MEANING.items():
+        seconds = [float(found["seconds"].get(account, 0.0)) for found in books.values()]
+        if any(value >= 0.05 for value in seconds):
+            rows.append([escape(meaning[:1].upper() + meaning[1:]), *(f"{value:,.1f}" for value in seconds)])
+    rows.append(["All", *(f"{float(found['wall_seconds']):,.1f}" for found in books.values())])
+    rows.append(["Share of steps that count", *(f"{float(found['goodput']):.1%}" for found in books.values())])
+    return "<h3>Where the trainings' time went, in seconds</h3>" + table(["Account", *map(escape, books)], rows)

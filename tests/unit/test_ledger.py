@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workflows.artifacts import Manifest
+from workflows.report_sections import time_accounts
 from workflows.training.ledger import ACCOUNTS, Goodput, Ledger
 
 
@@ -117,3 +119,16 @@ def test_the_accounts_sum_to_the_wall_time(groups: list[tuple[float, float, floa
     assert sum(found["seconds"].values()) == pytest.approx(wall, abs=0.01)
     assert all(seconds > -0.01 for seconds in found["seconds"].values())
     assert found["seconds"]["other"] == pytest.approx(sum(each[3] for each in groups if each[6]), abs=0.01)
+
+
+def test_the_report_shows_the_accounts_of_each_training_and_nothing_without_them() -> None:
+    books = {"seconds": {"steps": 75.0, "lost": 5.0, "data": 0.01}, "wall_seconds": 100.0, "goodput": 0.75}
+    manifests = {
+        "vq": Manifest("vq", "", {}, {}, provenance={"goodput": books}),
+        "codes": Manifest("codes", "", {}, {}),
+    }
+    shown = time_accounts(manifests)
+    for text in ("Steps that had to be done again", "75.0", "5.0", "100.0", "75.0%"):
+        assert text in shown
+    assert "waiting for batches" not in shown.lower() and "codes" not in shown
+    assert time_accounts({"codes": manifests["codes"]}) == ""
