@@ -27,7 +27,7 @@ from tests.command_line import start_hvqd
 Victim = Literal["worker", "driver", "everything", "mid-checkpoint", "mid-upload"]
 VICTIMS: tuple[Victim, ...] = ("worker", "driver", "everything", "mid-checkpoint", "mid-upload")
 STAGES = ("vq", "prior")
-_MARK = "HVQD_CHAOS_MARK"
+MARK = "HVQD_CHAOS_MARK"
 _DEADLINE_SECONDS = 900.0
 _MOST_STARTS = 12
 
@@ -45,7 +45,7 @@ def processes(mark: str) -> dict[int, str]:
     found = {}
     for folder in Path("/proc").iterdir():
         with suppress(OSError, ValueError):
-            if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
 
@@ -54,7 +54,7 @@ def processes(mark: str) -> dict[int, str]:
 def started(root: Path, env: Mapping[str, str], *command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A command under way, and the mark of all its processes; nothing of it is left in the end."""
     mark = uuid.uuid4().hex
-    process = start_hvqd(*command, "--root", str(root), "--json", cwd=root.parent, env={**env, _MARK: mark})
+    process = start_hvqd(*command, "--root", str(root), "--json", cwd=root.parent, env={**env, MARK: mark})
     try:
         yield process, mark
     finally:
