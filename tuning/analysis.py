@@ -1,7 +1,7 @@
 """What a sweep's trials say: the ranking, the Pareto front, and which parameters mattered, with how sure that is.
 
 Importance is the total effect of a parameter on a forest fitted to the trials: the share of the figure's variance over
-the space that goes when everything but this parameter is known (Sobol's total index; Jansen's estimator, eq. 4 of
+the space that stays when everything but this parameter is known (Sobol's total index; Jansen's estimator, eq. 4 of
 Saltelli et al., doi:10.1016/j.cpc.2009.09.018; forests as in Hutter et al., ICML 2014, "An efficient approach for
 assessing hyperparameter importance"). A parameter is drawn anew by walking through the space, so that what depends on
 it (conditions, lengths) follows. Intervals resample the trials.
@@ -30,7 +30,7 @@ FEWEST_TRIALS = 8
 """Below so many trials no importance is worked out."""
 _REFERENCE_DRAWS = 256
 _TREES = 30
-_RESAMPLES = 40
+RESAMPLES = 40
 _LARGER_IS_BETTER = ("psnr", "recall", "perplexity", "accuracy", "coverage")
 
 
@@ -131,6 +131,8 @@ def _side(space: SearchSpace, record: TrialRecord, name: str) -> float | None:
     if name == "seconds":
         return record.seconds or None
     if name in MEANINGS:
+        if not space.contains(dict(record.drawn)):
+            return None
         return float(Quantities(space.configuration(dict(record.drawn)), space.job, estimate_memory)[name])
     return record.value(name)
 
@@ -182,7 +184,7 @@ def importance(
     records: Sequence[TrialRecord],
     seed: int = 0,
     *,
-    resamples: int = _RESAMPLES,
+    resamples: int = RESAMPLES,
     trees: int = _TREES,
 ) -> Importance | None:
     """Which parameters mattered to the first metric; None with fewer than `FEWEST_TRIALS` trials, or with equal ones.
@@ -319,11 +321,10 @@ def _forest(rows: Array, values: Array, trees: int, seed: int, *, judged: bool =
 
 def _shares(forest: Any, base: Array, moved: Mapping[str, Array]) -> dict[str, float]:
     """Jansen's estimator of each parameter's total effect, as a share of the variance."""
-    before = forest.predict(base)
+    predicted = forest.predict(np.concatenate([base, *moved.values()])).reshape(1 + len(moved), len(base))
+    before, after = predicted[0], predicted[1:]
     variance = float(before.var())
     if variance == 0:
         return dict.fromkeys(moved, 0.0)
-    return {
-        name: min(1.0, float(np.square(before - forest.predict(rows)).mean() / (2 * variance)))
-        for name, rows in moved.items()
-    }
+    effects = np.square(before - after).mean(1) / (2 * variance)
+    return {name: min(1.0, float(effect)) for name, effect in zip(moved, effects, strict=True)}
