@@ -31,7 +31,7 @@ GOOD = {
     "psnr": 25.0, "usage_0": 1.0, "kid_samples": 1.0, "kid_untrained": 9.0, "kid_marginals": 8.0,
     "class_accuracy_samples": 0.5, "class_shuffled_samples": 0.1,
     "coverage_samples": 0.5, "coverage_reconstructions": 0.8,
-    "nearest_train_samples": 40.0, "nearest_train_heldout": 34.0,
+    "nearest_train_samples": 40.0, "nearest_train_reconstructions": 41.0,
 }  # fmt: skip
 WITHOUT_FILES = {
     "bundle_integrity": False, "lineage_complete": False, "smoke_test": False,

@@ -343,8 +343,13 @@ class GateSettings(Settings):
     """Accuracy of the asked class over chance; not judged for an unconditional model."""
     min_coverage_to_reconstructions: float | None = 0.08
     """Mode collapse: share of the test pictures that samples come near to, over the same share for reconstructions."""
-    min_nearest_train_to_heldout: float | None = 0.8
-    """Memorisation: median distance of samples to the nearest training picture, over that of held-out pictures."""
+    min_memorisation_ratio: float | None = 0.93
+    """Median distance of samples to the nearest training picture, over that of held-out reconstructions: 1 for samples
+    as new as those, and for copies what the figure memorisation_ratio_copies says."""
+    max_memorised_share: float | None = None
+    """Samples that are nearer to a training picture than 1 % of held-out reconstructions are; needs that figure."""
+    min_class_coverage: float | None = None
+    """Overlap of the classes drawn without being asked for with those of held-out pictures; needs that figure."""
     max_kid_regression: float | None = 0.1
     """How much larger, relatively, the KID may be than the champion's."""
     max_kid_regression_error: float | None = 0.06

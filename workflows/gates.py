@@ -153,6 +153,10 @@ def _floors(
     def ratio(name: str, text: str, above: str, below: str, limit: float | None) -> GateResult | None:
         return _result(name, text, _ratio(figures, above, below), limit, name.startswith("min_"))
 
+    def figure(name: str, text: str, limit: float | None, at_least: bool) -> GateResult | None:
+        gate = f"{'min' if at_least else 'max'}_{name}"
+        return _result(gate, text, figures.get(name), limit, at_least, intervals.get(name))
+
     found = [
         _result("min_psnr", "PSNR on test pictures, dB", psnr, gates.min_psnr, True, intervals.get("psnr")),
         _result("min_codebook_usage", "smallest codebook usage", usage, gates.min_codebook_usage, True),
@@ -191,12 +195,14 @@ def _floors(
             gates.min_coverage_to_reconstructions,
         ),
         ratio(
-            "min_nearest_train_to_heldout",
-            "distance of samples to training pictures over that of held-out ones",
+            "min_memorisation_ratio",
+            "distance to training pictures of samples over that of held-out reconstructions",
             "nearest_train_samples",
-            "nearest_train_heldout",
-            gates.min_nearest_train_to_heldout,
+            "nearest_train_reconstructions",
+            gates.min_memorisation_ratio,
         ),
+        figure("memorised_share", "share of samples that are near copies", gates.max_memorised_share, False),
+        figure("class_coverage", "overlap with the data's classes, unasked", gates.min_class_coverage, True),
     ]
 
 

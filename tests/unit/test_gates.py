@@ -24,7 +24,9 @@ GOOD = {
     "coverage_samples": 0.2,
     "coverage_reconstructions": 0.8,
     "nearest_train_samples": 36.0,
-    "nearest_train_heldout": 34.0,
+    "nearest_train_reconstructions": 34.0,
+    "memorised_share": 0.01,
+    "class_coverage": 0.9,
 }
 INTACT = Inspection(dict.fromkeys(CHECKS), latency_seconds=1.0, memory_gib=2.0)
 GATES = GateSettings(
@@ -35,7 +37,9 @@ GATES = GateSettings(
     min_class_accuracy_to_chance=3.0,
     max_kid_regression=0.1,
     min_coverage_to_reconstructions=0.2,
-    min_nearest_train_to_heldout=1.0,
+    min_memorisation_ratio=1.0,
+    max_memorised_share=0.05,
+    min_class_coverage=0.5,
     licences=("MIT",),
 )
 FILES = {**dict.fromkeys((name for name in CHECKS if name != "licences"), False), "licences": None}
@@ -55,7 +59,7 @@ def failed(results: list[GateResult]) -> list[str]:
 def test_every_setting_is_a_gate_in_its_order() -> None:
     results = judge(GOOD, GATES, conditional=True, against_champion=True, growth=SAME, inspection=INTACT)
     asked = [name for name in GateSettings.model_fields if name != "file"]
-    assert [result.name for result in results] == asked and len(results) == 15
+    assert [result.name for result in results] == asked and len(results) == 17
     assert failed(results) == []
 
 
@@ -69,7 +73,9 @@ def test_every_setting_is_a_gate_in_its_order() -> None:
         ("max_kid_to_marginals", {"kid_marginals": 0.19}),
         ("min_class_accuracy_to_chance", {"class_accuracy_samples": 0.29}),
         ("min_coverage_to_reconstructions", {"coverage_samples": 0.159}),
-        ("min_nearest_train_to_heldout", {"nearest_train_samples": 33.9}),
+        ("min_memorisation_ratio", {"nearest_train_samples": 33.9}),
+        ("max_memorised_share", {"memorised_share": 0.06}),
+        ("min_class_coverage", {"class_coverage": 0.4}),
     ],
 )
 def test_a_figure_below_what_is_asked_fails_its_gate_alone(gate: str, figures: dict[str, float]) -> None:
@@ -106,8 +112,10 @@ def test_a_figure_that_is_missing_or_no_number_fails_every_gate_it_enters(name: 
         "class_shuffled_samples": {"min_class_accuracy_to_chance"},
         "coverage_samples": {"min_coverage_to_reconstructions"},
         "coverage_reconstructions": {"min_coverage_to_reconstructions"},
-        "nearest_train_samples": {"min_nearest_train_to_heldout"},
-        "nearest_train_heldout": {"min_nearest_train_to_heldout"},
+        "nearest_train_samples": {"min_memorisation_ratio"},
+        "memorised_share": {"max_memorised_share"},
+        "class_coverage": {"min_class_coverage"},
+        "nearest_train_reconstructions": {"min_memorisation_ratio"},
     }
     growth = growth_of(figures, GOOD, PARTS, PARTS)
     results = judge(figures, FIGURES_ALONE, conditional=True, against_champion=True, growth=growth)
@@ -121,7 +129,7 @@ def test_gates_that_are_null_and_gates_that_do_not_apply_are_left_out() -> None:
     )
     assert judge({}, nothing, conditional=True, against_champion=True) == []
     names = [result.name for result in judge(GOOD, FIGURES_ALONE, conditional=False)]
-    assert "min_class_accuracy_to_chance" not in names and "max_kid_regression" not in names and len(names) == 6
+    assert "min_class_accuracy_to_chance" not in names and "max_kid_regression" not in names and len(names) == 8
 
 
 @pytest.mark.parametrize(
