@@ -211,7 +211,7 @@ def write_pyfunc(
     signature = ModelSignature(
         inputs=Schema(
             [
-                ColSpec(DataType.string, "class", required=False),
+                *(ColSpec(DataType.string, name, required=False) for name in ("class", "style", "text", "map")),
                 ColSpec(DataType.long, "seed", required=False),
             ]
         ),

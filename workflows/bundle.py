@@ -3,7 +3,8 @@
 vq/ and prior/ hold the two models (see hvqd_model.export); bundle.json holds the classes' names and how often the data
 has them, the recommended sampling, and the digests of what it was made from; README.md is the model card;
 evaluation.json the figures with their protocol; samples.png a sheet of samples; requirements.lock the exact packages
-that it draws with; DATA_LICENCES.md what the training pictures ask for; digests.json every other file's SHA-256.
+that it draws with; DATA_LICENCES.md what the training pictures ask for; text/, of a model that is told captions, the
+encoder of captions and those that were learned; digests.json every other file's SHA-256.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hvqd_model import HierarchicalPrior, HierarchicalVQ, load_model
 from hvqd_model.randomness import uniform
 from infra.errors import InputError
 from workflows.config import SamplingSettings
+from workflows.learned_text import LearnedText, load_text
 
 DESCRIPTION = "bundle.json"
 SERVED_BATCH = 16
@@ -44,6 +46,8 @@ class LoadedBundle:
     """Of both models' weights."""
     sampling: SamplingSettings | None
     """What its makers recommend."""
+    text: LearnedText | None = None
+    """Of a model that is told captions."""
 
     def draw_labels(self, seeds: Sequence[int]) -> list[int]:
         """A class for each seed, as often as the data has them; -1 for an unconditional model."""
@@ -114,6 +118,7 @@ def write_bundle(
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
     (folder / "README.md").write_text(card)
     for name, content in (more or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / DIGESTS).write_text(json.dumps(_file_digests(folder), indent=1, sort_keys=True) + "\n")
 
@@ -156,10 +161,10 @@ def load_bundle(folder: Path) -> LoadedBundle:
     """
     if (folder / DESCRIPTION).is_file():
         described = _described_by_bundle(folder)
-        vq_folder, prior_folder = folder / "vq", folder / "prior"
+        vq_folder, prior_folder, text_folder = folder / "vq", folder / "prior", folder / "text"
     elif (folder / "vq" / "model").is_dir() and (folder / "prior" / "model").is_dir():
         described = _described_by_root(folder)
-        vq_folder, prior_folder = folder / "vq" / "model", folder / "prior" / "model"
+        vq_folder, prior_folder, text_folder = (folder / name for name in ("vq/model", "prior/model", "prior/text"))
     else:
         raise InputError(
             f"no model at {folder}: neither {DESCRIPTION} nor trained vq/ and prior/ folders\n"
@@ -178,6 +183,8 @@ def load_bundle(folder: Path) -> LoadedBundle:
             f"the prior at {folder} was trained on the codes of another tokenizer\nhint: train the prior on this one"
         )
     rows, classes = described["class_rows"], prior.config.classes
+    if "class" not in prior.config.conditions:
+        rows = []
     if len(rows) != len(classes):
         raise InputError(
             f"the data at {folder} has {len(rows)} classes, the prior knows {len(classes)}\n"
@@ -190,6 +197,7 @@ def load_bundle(folder: Path) -> LoadedBundle:
         class_rows=tuple(rows),
         digest=models_digest(vq_folder, prior_folder),
         sampling=described["sampling"],
+        text=load_text(text_folder, prior.config.text_encoder) if prior.config.text_dim else None,
     )
 
 

@@ -141,9 +141,10 @@ def draw_images(
     asked: Sequence[int] | Conditions,
     sampling: SamplingSettings,
     progress: Callable[[int, int], None] | None = None,
+    watch: Watcher | None = None,
 ) -> Pictures:
     """(n, H, W, 3) pictures; see `draw_codes`."""
-    return decode_codes(vq, draw_codes(prior, seeds, asked, sampling, progress), sampling.batch)
+    return decode_codes(vq, draw_codes(prior, seeds, asked, sampling, progress, watch), sampling.batch)
 
 
 def image_grid(images: Pictures, columns: int, scale: int = 1) -> Image.Image:

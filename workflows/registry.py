@@ -18,12 +18,13 @@ from hvqd_model.metrics import KidParts
 from infra.errors import InputError
 from infra.models import Registry, write_pyfunc
 from infra.secrets import mask
+from infra.storage import Store
 from infra.tracking import Tracker
 from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
 from workflows.bundle import LoadedBundle, bundle_digest, load_bundle, write_bundle
 from workflows.card import model_card
 from workflows.context import Context
-from workflows.environment_lock import locked
+from workflows.environment_lock import SERVED, locked
 from workflows.requests import PARENTS, request_of
 
 _COMMANDS = {
@@ -86,7 +87,7 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
     protocol = str(parents["evaluation"].facts["protocol_digest"])
     evaluation = root.child("evaluation")
     measured = evaluation.read_bytes("metrics.json")
-    lock = locked()
+    lock = locked((*SERVED, "tokenizers") if "text" in config.prior.model.conditions else SERVED)
     run = context.run or tracker.run(f"register-{request}", "register", tags={"hvqd.step": "register"})
     card = model_card(config, parents)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
@@ -106,6 +107,7 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
                 "samples.png": evaluation.read_bytes("samples.png"),
                 "requirements.lock": ("\n".join(lock) + "\n").encode(),
                 "DATA_LICENCES.md": _data_licences(config.data.source, facts["licences"]).encode(),
+                **_learned_text(root),
             },
         )
         code = folder / "code"
@@ -128,6 +130,12 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
         "hvqd.commit": _commit(),
     }
     return registry.create(config.tracking.model_name, source, run.run_id, tags, card)
+
+
+def _learned_text(root: Store) -> dict[str, bytes]:
+    """The files of a prior that is told captions: their encoder, and those it has learned."""
+    store = root.child("prior", "text")
+    return {f"text/{name}": store.read_bytes(name) for name in store.files()}
 
 
 def _copy_sources(package: str, target: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The registered model as MLflow serves it: rows of (class, seed) to PNG pictures in base64.
+"""The registered model as MLflow serves it: rows of what is asked for (class, style, text, map, seed) to PNG pictures.
 
 This file travels with the model ("models from code"), beside the packages it imports; nothing in it is a pickle.
 """
@@ -28,24 +28,27 @@ class PictureModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """A frame with the column `image`: base64 of a PNG.
 
         Args:
-            model_input: a frame with the optional columns `class` (a name; empty draws one) and `seed` (default: the
-                row's number).
+            model_input: a frame with the optional columns `class` and `style` (names), `text` (a caption), `map`
+                (base64 of a PNG with a label a pixel) and `seed` (default: the row's number). What is empty is left
+                open; where nothing says what to show, a class is drawn as often as the data has it.
         """
         import pandas as pd
         from PIL import Image
 
-        from workflows.bundle import class_index
+        from workflows.asking import Asked, resolve
         from workflows.generate import draw_images
 
         rows = len(model_input)
         seeds = [int(seed) for seed in model_input["seed"]] if "seed" in model_input else list(range(rows))
-        names = list(model_input["class"]) if "class" in model_input else [None] * rows
-        drawn = self.bundle.draw_labels(seeds)
-        labels = [
-            class_index(name, self.bundle.classes) if isinstance(name, str) and name else label
-            for name, label in zip(names, drawn, strict=True)
-        ]
-        images = draw_images(self.bundle.vq, self.bundle.prior, seeds, labels, self.sampling)
+
+        def column(name: str) -> list[str | None]:
+            found = list(model_input[name]) if name in model_input else [None] * rows
+            return [value if isinstance(value, str) and value else None for value in found]
+
+        maps = [None if text is None else base64.b64decode(text, validate=True) for text in column("map")]
+        asked = [Asked(*row) for row in zip(column("class"), column("style"), column("text"), maps, strict=True)]
+        conditions = resolve(self.bundle, seeds, asked)
+        images = draw_images(self.bundle.vq, self.bundle.prior, seeds, conditions, self.sampling)
         encoded = []
         for image in images:
             buffer = io.BytesIO()

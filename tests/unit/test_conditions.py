@@ -204,9 +204,20 @@ def test_a_scale_for_each_condition_adds_up_what_each_alone_changes() -> None:
 
 def test_a_scale_for_one_condition_is_the_one_scale_when_nothing_else_is_given() -> None:
     prior, given = random_prior(settings()), some_conditions(4).only("style")
-    assert torch.equal(logits_of(prior, given, {"style": 2.5}), logits_of(prior, given, 2.5))
-    assert torch.equal(logits_of(prior, given, {"class": 7.0, "style": 2.5}), logits_of(prior, given, 2.5))
-    assert torch.equal(logits_of(prior, given, {}), logits_of(prior, given, 1.0)), "who is not named has scale 1"
+    one = logits_of(prior, given, 2.5)
+    torch.testing.assert_close(logits_of(prior, given, {"style": 2.5}), one)
+    torch.testing.assert_close(logits_of(prior, given, {"class": 7.0, "style": 2.5}), one)
+    plain = logits_of(prior, given, 1.0)
+    torch.testing.assert_close(logits_of(prior, given, {}), plain)  # who is not named has scale 1
+
+
+def test_what_the_neighbours_are_told_does_not_matter() -> None:
+    prior, given = random_prior(settings()), some_conditions(4)
+    assert given.styles is not None
+    own = given.only("class")
+    others = own._replace(styles=torch.cat([torch.tensor([-1]), given.styles[1:]]))
+    for guidance in (2.5, {"class": 2.5, "style": 1.5}):
+        assert torch.equal(logits_of(prior, own, guidance)[0], logits_of(prior, others, guidance)[0])
 
 
 def test_composing_independent_conditions_gives_their_conjunction() -> None:

@@ -9,7 +9,7 @@ Axes: N rows, U distinct captions of E dimensions, H x W pixels.
 from __future__ import annotations
 
 import hashlib
-import io
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from hvqd_model.config import ConditionName, VQConfig
 from infra.errors import InputError
@@ -25,9 +24,7 @@ from infra.storage import Store
 from workflows.artifacts import Manifest
 from workflows.data.batches import Array, CodeTable, cached_entry, decoded_split
 from workflows.data.columns import ConditionColumns
-
-NO_LABEL = 255
-"""The value of a label map's pixels that have no label."""
+from workflows.label_maps import fitted_map
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,16 @@ class ConditionSource:
         """The captions of a split."""
         rows, _ = self._rows(split)
         return self._embedded([text or "" for text in rows["caption"].to_pylist()])
+
+    def keep_text(self, store: Store) -> None:
+        """Put the encoder, and the captions that training saw, beside the prior that was told them."""
+        from workflows.learned_text import write_text
+        from workflows.text_encoder import encoder_folder
+
+        learned = self.captions("train")
+        with tempfile.TemporaryDirectory(prefix="hvqd-text-") as scratch:
+            write_text(Path(scratch), encoder_folder(self.text_encoder), learned.texts, learned.embeddings)
+            store.upload_folder(Path(scratch))
 
     def described(self, train: ConditionColumns | None) -> dict[str, Any]:
         """The fields of a PriorConfig that say what the prior is told.
@@ -161,12 +168,3 @@ class ConditionSource:
         from workflows.text_encoder import encoder_digest, encoder_folder
 
         return encoder_digest(encoder_folder(self.text_encoder))
-
-
-def fitted_map(content: bytes | None, size: tuple[int, int]) -> Array:
-    """(H, W) int16 labels of an encoded map of at most that size, -1 where it has none."""
-    found = np.full(size, -1, dtype=np.int16)
-    if content is not None:
-        labels = np.asarray(Image.open(io.BytesIO(content))).astype(np.int16)
-        found[: labels.shape[0], : labels.shape[1]] = np.where(labels == NO_LABEL, -1, labels)
-    return found
