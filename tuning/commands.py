@@ -103,6 +103,26 @@ def show(
     job.answer({"status": 0, **shown.as_json()}, shown.as_text(shutil.get_terminal_size((110, 24)).columns))
 
 
+@tune_app.command("report")
+@with_options
+def report(
+    job: Job,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The sweep's name; the space's unless --name gave one.")],
+) -> None:
+    """Write a sweep's report anew, while it runs or later: one HTML file in its folder."""
+    job.quiet()
+    from infra.storage import open_store
+    from tuning.sweep import read_sweep
+
+    root = open_store(job.root or job.config.root)
+    if job.dry_run:
+        folder = root.child("tuning", name).url
+        job.answer({"status": 0, "plan": folder}, f"would write the report of {folder}")
+        return
+    path = read_sweep(root, name).write_report()
+    job.answer({"status": 0, "report": path}, path)
+
+
 def _search(job: Job, identity: Any, asked: dict[str, Any]) -> None:
     from infra.storage import open_store
     from tuning.sweep import SweepRequest, run_sweep

@@ -19,9 +19,13 @@ from workflows.artifacts import read_manifest
 from workflows.context import Context
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.features import FeatureExtractor
-from workflows.generate import decode_codes, draw_images
+from workflows.generate import decode_codes, draw_images, image_grid
+from workflows.sheets import to_png
 
+SAMPLES = "samples.png"
+"""In the trial's folder: the first of its drawn pictures."""
 _MOST_REFERENCE = 2_000
+_SHOWN = 64
 
 
 def judge_pictures(context: Context) -> dict[str, float]:
@@ -60,6 +64,7 @@ def judge_pictures(context: Context) -> dict[str, float]:
         config.sampling,
         lambda done, total: context.progress.update(done, total, "pictures drawn"),
     )
+    root.write_bytes(SAMPLES, to_png(image_grid(drawn[:_SHOWN], columns=8)))
     rebuilt = decode_codes(vq, [level[chosen] for level in codes.codes], config.sampling.batch)
     extract = FeatureExtractor(config.evaluation.feature_size)
     real, new, again = (torch.from_numpy(extract(pictures)) for pictures in (images.images[chosen], drawn, rebuilt))

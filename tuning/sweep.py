@@ -20,8 +20,9 @@ from infra.secrets import mask
 from infra.storage import Store, open_store
 from infra.tracking import Tracker
 from tuning.identity import SWEEP, SweepIdentity, keep_identity
-from tuning.ledger import CONFIGURATION, ENDED, Ledger, best_of, read_trials, trial_folder
+from tuning.ledger import CONFIGURATION, ENDED, TRIALS, Ledger, best_of, read_trials, trial_folder
 from tuning.records import TrialRecord, dump_records, parse_records
+from tuning.report import write_sweep_report
 from tuning.search import Caretaker, Engine, dead_reservations, in_thread
 from tuning.searcher import Searcher, make_searcher
 from tuning.space import SearchSpace
@@ -97,6 +98,39 @@ class SweepRequest:
             f"would run {self.trials - plan['done']} of {self.trials} trials of job {self.space.job} into "
             f"{plan['sweep']}, proposed by {plan['searcher']}, compared by {plan['scheduler']} after {rungs} images"
         )
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """What a root has of a sweep, begun or over."""
+
+    store: Store
+    space: SearchSpace
+    records: list[TrialRecord]
+
+    def write_report(self) -> str:
+        """Write the report and say where it is."""
+        return write_sweep_report(self.store, self.space, self.records, self.store.child(TRIALS))
+
+
+def read_sweep(root: Store, name: str) -> SweepFolder:
+    """A sweep of the root, by its name.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    store = root.child(FOLDER, name)
+    try:
+        space = SearchSpace.model_validate(store.read_json(SPACE))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        names = ", ".join(root.child(FOLDER).children()) or "none"
+        raise InputError(f"no such sweep: {store.url} (there: {names})\nhint: give the sweep's --root") from error
+    except ValueError as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{store.url}/{SPACE} cannot be read: {said}\nhint: another version of hvqd wrote it; use that one"
+        ) from error
+    return SweepFolder(store, space, read_trials(store))
 
 
 @dataclass(frozen=True)
@@ -403,6 +437,7 @@ class _Session:
             about = f"# Trial {best.number}, the best of {len(records)} of {store.url}: {metric} {best.value(metric)}\n"
             configuration = trial_folder(store, best.number).read_bytes(CONFIGURATION)
             store.write_bytes(BEST, about.encode() + configuration)
+        report = write_sweep_report(store, space, records, store.child(TRIALS))
         result = SweepResult(
             folder=store.url,
             counts=dict(Counter(record.status for record in records)),
@@ -413,6 +448,7 @@ class _Session:
             best_file=best_file,
             refused=dict(self.searcher.refused),
             cpus=cpus,
+            further={"report": report},
         )
         store.write_json(RESULT, result.as_json())
         return result

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infra.errors import InputError
 from infra.storage import open_store
 from tuning.loading import space_from
 from tuning.records import Rung, TrialRecord, dump_records, parse_records
 from tuning.report import duration, find_sheet, sweep_page, write_sweep_report
 from tuning.space import SearchSpace
+from tuning.sweep import read_sweep
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -172,6 +174,25 @@ def test_the_report_takes_the_most_telling_picture_of_each_of_the_best(tmp_path:
     assert path == str(tmp_path / "tuning" / "small" / "report.html")
     page = Path(path).read_text()
     assert page.count("<img") == 2
+
+
+def test_a_sweep_on_a_root_can_be_read_and_reported_at_any_time(tmp_path: Path) -> None:
+    root = open_store(str(tmp_path))
+    store = root.child("tuning", "small")
+    store.write_json("space.json", space().model_dump(mode="json"))
+    for record in records()[:3]:
+        store.child("trials", f"{record.number:04d}").write_json("record.json", record.as_json())
+    sweep = read_sweep(root, "small")
+    assert sweep.space == space()
+    assert [record.as_json() for record in sweep.records] == [record.as_json() for record in records()[:3]]
+    assert "3 trials" in Path(sweep.write_report()).read_text()
+    with pytest.raises(
+        InputError, match=r"no such sweep: .*/tuning/big \(there: small\)\nhint: give the sweep's --root"
+    ):
+        read_sweep(root, "big")
+    store.write_json("space.json", {"name": 3})
+    with pytest.raises(InputError, match=r"space.json cannot be read: .*\nhint: another version of hvqd wrote it"):
+        read_sweep(root, "small")
 
 
 def test_records_come_back_as_they_were() -> None:
