@@ -134,6 +134,24 @@ class Registry:
         """
         return str(self._version(model, version).source)
 
+    def model_tag(self, model: str, name: str) -> str | None:
+        """A tag of the model itself; None when there is no such model or tag."""
+        from mlflow.exceptions import MlflowException
+
+        with explained(self.uri):
+            try:
+                found: str | None = self.client.get_registered_model(model).tags.get(name)
+            except MlflowException as error:
+                if error.error_code in _ABSENT:
+                    return None
+                raise
+        return found
+
+    def set_model_tag(self, model: str, name: str, value: str) -> None:
+        """Set one tag of the model itself."""
+        with explained(self.uri):
+            self.client.set_registered_model_tag(model, name, value)
+
     def sources(self) -> list[tuple[tuple[str, str], str]]:
         """((model, version), URL of its files) of every version of every model."""
         with explained(self.uri):
@@ -174,7 +192,8 @@ class Registry:
         if not any(entry.path.endswith("MLmodel") for entry in found):
             raise InputError(
                 f"the files of {model} version {version} are gone: {source}\n"
-                "hint: restore them, or name another version (`hvqd models ls` shows them)"
+                "hint: restore them, or name another version (`hvqd models ls` shows them); "
+                "`hvqd rollback` goes back to an earlier champion"
             )
 
     def _version(self, model: str, version: str) -> Any:

@@ -10,6 +10,7 @@ an entry counts as applied when the registry keeps its digest on the version it 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 from infra.errors import GateRefusal, InputError
 from infra.lease import Lease, hold
 from infra.models import Registry
+from infra.secrets import mask
 from infra.storage import Store, open_store
 from infra.tracking import Tracker
 from workflows.config import GateSettings
@@ -39,6 +41,9 @@ from workflows.registry import (
 
 ENTRY_TAG = "hvqd.audit"
 """On a version: the digest of the journal's last entry about it that has been applied."""
+OWNER_TAG = "hvqd.journal"
+"""On the registered model: what its journal is bound by."""
+_OWNER = "journal.json"
 _LEASE_SECONDS = 60.0
 
 
@@ -121,8 +126,34 @@ class Promoter:
     def turn(self, what: str) -> Iterator[Lease]:
         """One at a time, and only after what a crash left unfinished is finished."""
         with self._lease(what) as lease:
+            self._check_belongs()
             self._finish(lease)
             yield lease
+
+    def _check_belongs(self) -> None:
+        """Bind the journal and the registry to each other, or find that they are; a turn is held.
+
+        Raises:
+            InputError: the journal is another registry's, whose versions only have the same numbers.
+        """
+        try:
+            owner = str(self.folder.read_json(_OWNER)["id"])
+        except FileNotFoundError:
+            owner = uuid.uuid4().hex
+            self.folder.write_json(_OWNER, {"id": owner, "model": self.model, "registry": mask(self.registry.uri)})
+            known = self.registry.model_tag(self.model, OWNER_TAG)
+            is_new = known is None
+        else:
+            known = self.registry.model_tag(self.model, OWNER_TAG)
+            is_new = known is None and self.journal.head() is None
+        if is_new:
+            self.registry.set_model_tag(self.model, OWNER_TAG, owner)
+        elif known != owner:
+            raise InputError(
+                f"the journal at {self.folder.url} is another registry's: it is bound to {owner[:8]}, the model "
+                f"{self.model} at {mask(self.registry.uri)} to {known[:8] if known else 'none'}\n"
+                "hint: give every registry a place of its own: --set tracking.audit=URL"
+            )
 
     def _lease(self, what: str) -> AbstractContextManager[Lease]:
         folder = self.folder.child("lease")

@@ -264,6 +264,7 @@ def load_version(tracker: Tracker, model: str, uri: str | None = None) -> Loaded
         )
     name, version = _parse(uri, model, registry)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
+        registry.check_files(name, version)
         folder = registry.download(name, version, Path(scratch))
         return load_bundle(folder / "artifacts" / "bundle")
 

@@ -101,7 +101,6 @@ class Meter:
         return "\n".join(lines) + "\n"
 
 
-@serve.deployment(name="pictures")
 class Pictures:
     """One replica: the models, a thread that draws, and a thread that looks for another champion."""
 
@@ -194,7 +193,7 @@ class Pictures:
         finally:
             self._waiting -= count
 
-    @serve.batch(max_batch_size=SERVED_BATCH, batch_wait_timeout_s=0.01)
+    @serve.batch(max_batch_size=SERVED_BATCH, batch_wait_timeout_s=0.01)  # type: ignore[untyped-decorator]
     async def _draw_one(self, items: list[Item]) -> list[bytes]:
         """A PNG for each; callers pass one item and get one PNG."""
         drawn = await asyncio.get_running_loop().run_in_executor(self._drawing, self._holder.draw, items)
@@ -238,10 +237,14 @@ def start(served: Served) -> None:
     settings = served.settings
     serve.start(http_options={"host": settings.host, "port": settings.port})
     options = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}}}
-    application = Pictures.options(
-        num_replicas=settings.replicas, max_ongoing_requests=1_000, ray_actor_options=options
-    ).bind(served)
-    serve.run(application, name=APPLICATION, route_prefix="/")
+    deployment = serve.deployment(
+        Pictures,
+        name="pictures",
+        num_replicas=settings.replicas,
+        max_ongoing_requests=1_000,
+        ray_actor_options=options,
+    )
+    serve.run(deployment.bind(served), name=APPLICATION, route_prefix="/")
 
 
 def stop() -> None:

@@ -165,6 +165,23 @@ def test_a_tampered_journal_is_named(place: Place) -> None:
     assert len(history(place.context, place.tracker, verify=False).value["entries"]) == 2
 
 
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
+def test_a_journal_of_another_registry_is_refused_and_nothing_is_moved(place: Place) -> None:
+    """Versions of two registries have the same numbers: a shared journal would move one's alias for the other."""
+    one = place.version()
+    place.promote(one)
+    shared = str(place.journal_folder.path.parent)
+    other = Place(place.context.root.path.with_name("other"), tracking={"audit": shared})
+    same_number = other.version()
+    assert same_number == one
+    message = r"the journal at .*/audit/hvqd is another registry's: it is bound to .{8}, .* to none\nhint: give every"
+    with pytest.raises(InputError, match=message):
+        other.promote(same_number)
+    assert other.champion is None
+    place.promote(place.version())
+    place.check_consistent()
+
+
 def test_while_a_promoter_is_at_it_nobody_else_is(place: Place) -> None:
     one = place.version()
     hurried = replace(promoter_for(place.context, place.tracker), patience_seconds=0.0)
