@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvqd_model.config import PriorConfig
+from hvqd_model.diffusion.chunks import row_terms
 from hvqd_model.diffusion.discrete import add_copy_prior, corrupt, posterior_kl
 from hvqd_model.diffusion.samplers import Predictor, Progress, SamplerSettings, sample_codes
 from hvqd_model.diffusion.schedules import mask_and_replace
@@ -160,15 +161,14 @@ class DiscreteProcess:
         )
 
     def _kl(self, logits: Tensor, x_0: Tensor, x_t: Tensor, s: Tensor, t: Tensor, images: Tensor) -> _LevelLoss:
-        log_p0 = add_copy_prior(logits.float(), x_t, t, self.schedule).log_softmax(1)
-        cross_entropy = -log_p0.gather(1, x_0[:, None])[:, 0]
         steps = self.config.diffusion_steps
-        bound = steps * posterior_kl(log_p0, x_0, x_t, s, t, self.schedule)
-        auxiliary = steps * self.config.auxiliary_weight * cross_entropy
-        return _LevelLoss(
-            images=images,
-            cross_entropy=cross_entropy,
-            correct=log_p0.detach().argmax(1) == x_0,
-            bound=bound.detach(),
-            objective=bound.to(cross_entropy.dtype) + auxiliary,
-        )
+
+        def terms(scores: Tensor, rows: slice) -> tuple[Tensor, ...]:
+            log_p0 = add_copy_prior(scores, x_t[rows], t[rows], self.schedule).log_softmax(1)
+            cross_entropy = -log_p0.gather(1, x_0[rows, None])[:, 0]
+            bound = steps * posterior_kl(log_p0, x_0[rows], x_t[rows], s[rows], t[rows], self.schedule)
+            objective = bound.to(cross_entropy.dtype) + steps * self.config.auxiliary_weight * cross_entropy
+            return objective, bound, cross_entropy, log_p0.argmax(1) == x_0[rows]
+
+        objective, bound, cross_entropy, correct = row_terms(logits, terms)
+        return _LevelLoss(images, cross_entropy, correct, bound.detach(), objective)
