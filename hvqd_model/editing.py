@@ -113,7 +113,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """(...,) int64 nearest of the (K, D) codes to (..., D) vectors; ties go to the lowest index."""
     flat = vectors.reshape(-1, vectors.shape[-1]).float()
     found = [
-        (codebook.square().sum(1) - 2 * rows @ codebook.T).argmin(1) for rows in flat.split(4096)
+        (codebook.square().sum(1) - 2 * rows @ codebook.T).argmin(1) for rows in torch.split(flat, 4096)
     ]  # |z|^2 is the same for every code
     return torch.cat(found).view(vectors.shape[:-1])
 

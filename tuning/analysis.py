@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuning.constraints import Expression
+from tuning.groups import Metric
 from tuning.parameters import RandomSuggester, Scalar
 from tuning.quantities import MEANINGS, Quantities, estimate_memory
 from tuning.records import TrialRecord
-from tuning.space import Metric, SearchSpace
+from tuning.space import SearchSpace
 
 Direction = Literal["min", "max"]
 Array = NDArray[np.float64]

@@ -6,6 +6,7 @@ Optuna's define-by-run and the replay of a trial that was drawn before.
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,7 +109,7 @@ class Parameter(Settings):
                 f"{kind} must begin above 0: {shown}\nhint: for example {_example(kind)}, or a linear range"
             )
 
-    def count(self) -> int | None:
+    def count(self) -> builtins.int | None:
         """How many values an entry can have; None for real numbers."""
         match self.kind:
             case "choice":
@@ -147,7 +148,8 @@ class Parameter(Settings):
             raise ValueError(f"{value!r} is no number of the range")
         if not low <= value <= high:
             raise ValueError(f"{value} is outside {low} to {high}")
-        return value
+        found: Scalar = value
+        return found
 
 
 def _numbers(whole: bool) -> Any:
@@ -188,7 +190,7 @@ class RandomSuggester:
             return low + step * int(self._source(name) * ((high - low) // step + 1))
         # Every whole number has the same share of the logarithm's range as its neighbourhood of half a unit.
         found = (low - 0.5) * ((high + 0.5) / (low - 0.5)) ** self._source(name)
-        return min(max(round(found), low), high)
+        return int(min(max(round(found), low), high))
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
@@ -244,7 +246,7 @@ class _GridSuggester:
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         if not log:
             return low + step * self._place((high - low) // step + 1)
-        values = sorted({round(value) for value in np.geomspace(low, high, self._points)})
+        values: list[int] = sorted({round(value) for value in np.geomspace(low, high, self._points).tolist()})
         return values[self._place(len(values))]
 
     def suggest_float(

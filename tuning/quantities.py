@@ -118,7 +118,7 @@ def _weightless() -> Iterator[None]:
     def without_memory(module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
         return None if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
 
-    hook = register_module_parameter_registration_hook(without_memory)
+    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
     try:
         with _NoNoise():
             yield

@@ -236,7 +236,7 @@ def _trade(space: SearchSpace, records: Sequence[TrialRecord], ordered: Sequence
 
 def _cost(space: SearchSpace, records: Sequence[TrialRecord]) -> str:
     compute = space.resolved_base.compute
-    processors = compute.workers * compute.threads_per_worker
+    processors = compute.most_workers * compute.threads_per_worker
     rows = []
     for status, ends in _ENDS.items():
         mine = [record for record in records if record.status == status]
@@ -246,10 +246,10 @@ def _cost(space: SearchSpace, records: Sequence[TrialRecord]) -> str:
     failed = sum(record.seconds for record in records if record.status == "failed")
     total = sum(record.seconds for record in records)
     lost = f" Trials that failed took {100 * failed / total:.0f} % of the time." if failed and total else ""
-    devices = f", {compute.workers * compute.gpus_per_worker} GPUs a trial" if compute.gpus_per_worker else ""
+    devices = f", {compute.most_workers * compute.gpus_per_worker} GPUs a trial" if compute.gpus_per_worker else ""
     text = (
-        f"A trial has {compute.workers} &times; {compute.threads_per_worker} CPU threads{devices}; time is that of its "
-        f"own process, start included. Multiply the hours by your price of one.{lost}"
+        f"A trial has {compute.most_workers} &times; {compute.threads_per_worker} CPU threads{devices}; time is that "
+        f"of its own process, start included. Multiply the hours by your price of one.{lost}"
     )
     head = ["", "Trials", "Images", "Of the images to the end", "Time", "CPU-hours"]
     return section("cost", "What it cost", text, table(head, rows))

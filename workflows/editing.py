@@ -23,7 +23,7 @@ from hvqd_model.diffusion.samplers import SamplerSettings
 from hvqd_model.editing import Codes, blended, coarse_codes, inpaint, renoised, restyled_codes, scaled_back
 from hvqd_model.metrics import psnr
 from hvqd_model.prior.completion import complete
-from hvqd_model.prior.conditions import Conditions, known_conditions
+from hvqd_model.prior.conditions import Conditions
 from hvqd_model.randomness import derive_key
 from infra.errors import InputError
 from workflows.asking import Asked, resolve
@@ -32,7 +32,7 @@ from workflows.config import RunConfig, SamplingSettings
 from workflows.data.batches import to_input
 from workflows.data.pictures import Rejected, prepare
 from workflows.encode import encode_batches
-from workflows.generate import Pictures, decode_codes, padded, to_uint8
+from workflows.generate import Pictures, decode_codes, guidance_of, padded, to_uint8
 from workflows.reconstruct_command import write_picture
 from workflows.sample_command import load_model_for, seeds_for
 from workflows.sheets import column_sheet, to_png
@@ -117,7 +117,7 @@ class _Editor:
                     part(keys),
                     given.each(part),
                     settings=walk,
-                    guidance=sampling.guidance if known_conditions(self.bundle.prior.config) else 1.0,
+                    guidance=guidance_of(self.bundle.prior, sampling),
                     interval=sampling.guidance_interval,
                 )
                 parts.append([level[: len(keys) - first].to(codes[0].device) for level in found])

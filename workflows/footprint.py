@@ -77,8 +77,8 @@ def without_memory() -> Iterator[None]:
         return mode.from_tensor(value)
 
     hooks = [
-        register_module_parameter_registration_hook(parameter),
-        register_module_buffer_registration_hook(buffer),
+        register_module_parameter_registration_hook(parameter),  # type: ignore[arg-type]
+        register_module_buffer_registration_hook(buffer),  # type: ignore[arg-type]
     ]
     try:
         yield
@@ -97,7 +97,7 @@ def walk(module: nn.Module, step: Callable[[], Tensor], *, on_gpu: bool) -> Foot
     """
     ledger = _Ledger([*module.parameters(), *module.buffers()])
     hooks = [
-        parameter.register_post_accumulate_grad_hook(ledger.take_gradient)
+        parameter.register_post_accumulate_grad_hook(ledger.take_gradient)  # type: ignore[no-untyped-call]
         for parameter in module.parameters()
         if parameter.requires_grad
     ]
@@ -113,11 +113,11 @@ def walk(module: nn.Module, step: Callable[[], Tensor], *, on_gpu: bool) -> Foot
     return ledger.footprint
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation: what it computes, and which storages it brings to life."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.footprint = Footprint()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, int] = {}
@@ -169,7 +169,7 @@ class _Ledger(TorchDispatchMode):
         inputs = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         if packet in flop_registry:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
-            kind = "convolution" if packet in _CONVOLUTIONS else "matrix"
+            kind: Literal["matrix", "convolution"] = "convolution" if packet in _CONVOLUTIONS else "matrix"
             self._add_flops(kind, results[0].dtype, flops)
             self.footprint.operations += 1
         elif not func.is_view and results and packet is not torch.ops.aten.detach:

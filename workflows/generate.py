@@ -88,7 +88,7 @@ def draw_codes(
             "hint: one seed and one class a picture"
         )
     total, batch = len(seeds), sampling.batch
-    guidance: Guidance = sampling.guidance if known_conditions(prior.config) else 1.0
+    guidance = guidance_of(prior, sampling)
     device = next(prior.parameters()).device
     keys = torch.tensor(list(seeds), dtype=torch.int64)
     given = [None] * len(prior.config.grids) if known is None else [_tensor(level) for level in known]
@@ -132,6 +132,14 @@ def _asked(prior: HierarchicalPrior, asked: Sequence[int] | Conditions) -> Condi
 
 def _tensor(codes: NDArray[np.integer[Any]] | None) -> Tensor | None:
     return None if codes is None else torch.from_numpy(np.asarray(codes, dtype=np.int64))
+
+
+def guidance_of(prior: HierarchicalPrior, sampling: SamplingSettings) -> Guidance:
+    """The guidance to draw with: 1 for a prior that is told nothing."""
+    if not known_conditions(prior.config):
+        return 1.0
+    asked = sampling.guidance
+    return {str(name): weight for name, weight in asked.items()} if isinstance(asked, dict) else asked
 
 
 def draw_images(

@@ -155,7 +155,7 @@ def draw_samples(
 
         images = draw_apart(bundle, seeds, conditions, sampling, request.workers, config.compute, report)
     else:
-        images = draw_images(bundle.vq, bundle.prior, seeds, conditions, sampling, report, film and film.show)
+        images = draw_images(bundle.vq, bundle.prior, seeds, conditions, sampling, report, film.show if film else None)
     recipe = {**request.as_json(sampling), "model": bundle.digest}
     written = _write(request, images, recipe)
     return written if film is None else {**written, "preview": film.finish(images)}

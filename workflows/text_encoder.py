@@ -160,7 +160,7 @@ class TextEncoder:
     def _layer(self, x: Tensor, mask: Tensor, name: str) -> Tensor:
         heads = int(self._config["num_attention_heads"])
         query, key, value = (
-            self._linear(x, f"{name}.attention.self.{part}").unflatten(2, (heads, -1)).transpose(1, 2)
+            torch.unflatten(self._linear(x, f"{name}.attention.self.{part}"), 2, (heads, -1)).transpose(1, 2)
             for part in ("query", "key", "value")
         )
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None].bool())

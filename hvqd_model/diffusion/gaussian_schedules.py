@@ -58,7 +58,8 @@ def root_progress(schedule: GaussianSchedule, times: Tensor) -> Tensor:
     signal, noise = schedule.rates(times)
     sigma = (noise / signal.clamp_min(1e-300)).clamp(LOWEST, HIGHEST)
     low, high = LOWEST ** (1 / _ROOT), HIGHEST ** (1 / _ROOT)
-    return 0.999 * (sigma ** (1 / _ROOT) - low) / (high - low) + 0.001 * times.double()
+    progress: Tensor = 0.999 * (sigma ** (1 / _ROOT) - low) / (high - low) + 0.001 * times.double()
+    return progress
 
 
 def _log_linear(times: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hvqd_model.codec.quantizer import nearest_codes
+from hvqd_model.codec.search import nearest_codes
 from hvqd_model.prior.frozen import FrozenBuffers
 
 

@@ -74,7 +74,9 @@ class ConditionSource:
             if "text" in self.names:
                 captions = self._embedded([text or "" for text in rows["caption"].to_pylist()])
             maps = found[0] if "map" in self.names else None
-        return ConditionColumns(styles, captions and captions.rows, captions and captions.embeddings, maps)
+        if captions is None:
+            return ConditionColumns(styles, None, None, maps)
+        return ConditionColumns(styles, captions.rows, captions.embeddings, maps)
 
     def captions(self, split: str) -> Captions:
         """The captions of a split."""
