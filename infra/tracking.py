@@ -166,6 +166,25 @@ class Tracker:
                 "hint: check tracking.uri, and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD if it wants them"
             ) from error
 
+    def check_writable(self) -> None:
+        """Make a run, log a value, and delete the run again.
+
+        Raises:
+            EnvironmentFailure: the store does not take it.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            with explained(self.uri), _little_patience():
+                run = self.client.create_run(self._experiment_id(), tags={"hvqd.step": "preflight"})
+                self.client.log_metric(run.info.run_id, "preflight", 1.0)
+                self.client.delete_run(run.info.run_id)
+        except MlflowException as error:
+            raise EnvironmentFailure(
+                f"the tracking store {mask(self.uri)} takes no runs: {mask(' '.join(str(error).split()))[:300]}\n"
+                "hint: check the account's rights on it (MLFLOW_TRACKING_USERNAME)"
+            ) from error
+
     def _check_server(self) -> None:
         import urllib.error
         import urllib.request

@@ -14,6 +14,7 @@ def add_launch_commands(app: typer.Typer) -> None:
     """Give the front door these commands."""
     app.command("plan")(plan)
     app.command("status")(status)
+    app.command("preflight")(preflight)
     app.command("launch", context_settings={"ignore_unknown_options": True})(launch)
     app.add_typer(jobs_app, name="jobs")
 
@@ -74,6 +75,44 @@ def status(
     job.quiet()
     found = pipeline_state(config, open_store(config.root).quick())
     job.answer({"status": 0, **found.as_json()}, status_text(found))
+
+
+@with_options
+def preflight(
+    job: Job,
+    expect: Annotated[
+        list[str] | None, typer.Option("--expect", help="PACKAGE=VERSION that every node must have; repeatable.")
+    ] = None,
+) -> None:
+    """Try the machines, the root and the tracker with this configuration, in a minute or two, before a job begins."""
+    from dataclasses import asdict
+
+    from infra.errors import EnvironmentFailure
+    from infra.preflight import worst
+    from workflows.preflight_text import preflight_text
+
+    config = job.config
+    if job.dry_run:
+        job.answer({"status": 0, "would_try": config.compute.address or "this machine"}, "nothing was tried")
+        return
+    job.quiet()
+    from infra.cluster import disconnect
+    from workflows.preflight import run_preflight
+
+    expected = dict(pair.split("=", 1) for pair in expect or [] if "=" in pair)
+    findings = run_preflight(config, expected, job.progress)
+    verdict = worst(findings)
+    disconnect()
+    table = preflight_text(findings)
+    if verdict == "fail":
+        failed = [finding for finding in findings if finding.verdict == "fail"]
+        job.say(table)
+        raise EnvironmentFailure(
+            f"preflight found {len(failed)} that must be mended: "
+            + "; ".join(f"{finding.check} ({finding.where})" for finding in failed)
+            + f"\nhint: {failed[0].hint or 'see the table above'}"
+        )
+    job.answer({"status": 0, "verdict": verdict, "findings": [asdict(finding) for finding in findings]}, table)
 
 
 _On = Annotated[str, typer.Option("--on", help="Target: local, ray, slurm, kuberay, vms, or a YAML file.")]

@@ -52,7 +52,7 @@ def submission_for(
         name=name or job_name(verb, config.root),
         command=(*verb, *rest, *options),
         root=config.root,
-        workers=compute.workers,
+        workers=compute.most_workers,
         cpus_per_worker=compute.threads_per_worker,
         gpus_per_worker=compute.gpus_per_worker,
         preflight=preflight,

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hvqd_model.codec.hierarchy import HierarchicalVQ
-from hvqd_model.config import PriorConfig
-from hvqd_model.prior.prior import HierarchicalPrior
 from workflows.config import RunConfig
 from workflows.footprint import Footprint, walk, without_memory
+from workflows.made_up import made_up_prior, made_up_vq
 
 StageName = Literal["vq", "prior"]
+STAGES: tuple[StageName, ...] = ("vq", "prior")
 
 _SHALLOW = (2, 4)
 _UNKNOWN_CLASSES = 1_000
@@ -102,56 +101,28 @@ def _continued(low: StageFootprint, high: StageFootprint, times: float) -> Stage
 
 
 def _vq(config: RunConfig) -> StageFootprint:
-    from workflows.training.judges import build_judges
-    from workflows.training.vq_stage import VQObjective
-
-    settings, on_gpu = config.vq.train, config.compute.gpus_per_worker > 0
     with without_memory():
-        model = HierarchicalVQ(config.vq_config)
-        judges = build_judges(settings, 0, "fp32", torch.device("cpu"))
-    for quantizer in model.quantizers:
-        quantizer.started = torch.tensor(True)  # the codebooks' start is a small part of a training
-    if judges.adversary is not None:
-        judges.adversary.started = True
-        judges.adversary.factor = torch.ones(())
-    objective = VQObjective(model, _precision(config, "vq"), judges).train()
-    images = torch.zeros(settings.micro_batch, 3, *config.data.image_size)
-    keys = torch.arange(settings.micro_batch)
-
-    def step() -> Tensor:
-        return objective(images, keys).loss  # type: ignore[no-any-return]
-
-    micro = walk(objective, step, on_gpu=on_gpu)
+        objective, inputs = made_up_vq(config, _precision(config, "vq"), torch.device("cpu"))
     sizes, dims = config.vq_config.codebook_sizes, config.vq_config.code_dims
     statistics = sum(_FLOAT * codes * (dim + 1) for codes, dim in zip(sizes, dims, strict=True))
-    return StageFootprint(_parameters(model), _buffers(model), statistics, micro)
+    return _footprint(config, objective, inputs, statistics)
 
 
 def _prior(config: RunConfig, pictures: Pictures, depth: int) -> StageFootprint:
-    from workflows.training.prior_stage import PriorObjective
-
-    settings, on_gpu = config.prior.train, config.compute.gpus_per_worker > 0
-    vq = config.vq_config
+    model = config.prior.model.model_copy(update={"depth": depth})
+    config = config.model_copy(update={"prior": config.prior.model_copy(update={"model": model})})
     classes = _UNKNOWN_CLASSES if pictures.classes is None else pictures.classes
-    prior_config = PriorConfig(
-        **{**config.prior.model.model_dump(), "depth": depth},
-        grids=vq.grids,
-        codebook_sizes=vq.codebook_sizes,
-        code_dim=vq.code_dims,
-        classes=tuple(map(str, range(classes))),
-    )
     with without_memory():
-        model = HierarchicalPrior(prior_config)
-    objective = PriorObjective(model, _precision(config, "prior")).train()
-    batch = settings.micro_batch
-    codes = tuple(torch.zeros(batch, *grid, dtype=torch.int64) for grid in vq.grids)
-    labels = torch.zeros(batch, dtype=torch.int64)
-    times = (torch.arange(batch, dtype=torch.float64) + 0.5) / batch
+        objective, inputs = made_up_prior(config, classes, _precision(config, "prior"))
+    return _footprint(config, objective, inputs, 0)
 
+
+def _footprint(config: RunConfig, objective: nn.Module, inputs: tuple[Any, ...], statistics: int) -> StageFootprint:
     def step() -> Tensor:
-        return objective(codes, labels, times, torch.arange(batch)).loss  # type: ignore[no-any-return]
+        return objective(*inputs).loss  # type: ignore[no-any-return]
 
-    return StageFootprint(_parameters(model), _buffers(model), 0, walk(objective, step, on_gpu=on_gpu))
+    micro = walk(objective, step, on_gpu=config.compute.gpus_per_worker > 0)
+    return StageFootprint(_parameters(objective), _buffers(objective), statistics, micro)
 
 
 def _precision(config: RunConfig, stage: StageName) -> Literal["fp32", "bf16"]:

@@ -68,7 +68,7 @@ def _kinds(config: RunConfig, stage: StageName) -> list[list[Settings]]:
     stages = [{f"{prefix}.zero_stage": zero} for zero in range(settings.zero_stage + 1, 4)]
     if stage == "vq" and config.vq.train.adversarial.weight:
         stages = [change for change in stages if change[f"{prefix}.zero_stage"] < 3]
-    kinds = [smaller, stages if config.compute.workers > 1 else []]
+    kinds = [smaller, stages if config.compute.most_workers > 1 else []]
     if stage == "prior" and not config.prior.model.activation_checkpointing:
         kinds.append([{"prior.model.activation_checkpointing": True}])
     if not settings.offload_optimizer and settings.zero_stage > 0:

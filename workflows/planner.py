@@ -19,10 +19,8 @@ from typing import Any
 
 from workflows.config import RunConfig, TrainSettings
 from workflows.footprint import Footprint
-from workflows.model_walk import Pictures, StageFootprint, StageName, stage_footprint
+from workflows.model_walk import STAGES, Pictures, StageFootprint, StageName, stage_footprint
 from workflows.prices import Device, Prices, Shares, read_prices
-
-STAGES: tuple[StageName, ...] = ("vq", "prior")
 
 GIB = 2**30
 _FLOAT = 4
@@ -205,7 +203,7 @@ def estimate(
         )
     storage = _storage(config, stages, pictures)
     other = _other_hours(config, footprints, machine, pictures)
-    devices = config.compute.workers * (1 if config.compute.gpus_per_worker else config.compute.threads_per_worker)
+    devices = config.compute.most_workers * (1 if config.compute.gpus_per_worker else config.compute.threads_per_worker)
     cost = machine.device.hour * (devices * sum(stage.hours for stage in stages) + other)
     return Plan(
         device=machine.name,
@@ -227,7 +225,7 @@ def estimate(
 def plan_stage(config: RunConfig, stage: StageName, walked: StageFootprint, machine: Machine) -> StagePlan:
     """One stage's plan from what its micro-batch takes."""
     settings = settings_of(config, stage)
-    workers = config.compute.workers
+    workers = config.compute.most_workers
     accumulation = settings.global_batch // (settings.micro_batch * workers)
     on_gpu = config.compute.gpus_per_worker > 0
     zero = effective_stage(settings, workers)
@@ -415,6 +413,8 @@ def _assumptions(config: RunConfig, machine: Machine, pictures: Pictures) -> tup
     ]
     if pictures.count is None:
         found.append("the number of pictures is unknown: give it with --pictures for dataset, codes and encoding")
+    if set(config.prior.model.conditions) - {"class"}:
+        found.append("conditions other than the class are left out: their networks are small beside the prior")
     if pictures.classes is None:
         found.append("the number of classes is unknown: 1,000 are assumed")
     return tuple(found)
