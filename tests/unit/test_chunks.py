@@ -27,7 +27,7 @@ def test_terms_and_gradient_are_those_of_all_rows_at_once(
 ) -> None:
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", elements)
     weights = torch.linspace(-1, 2, 23)
-    found, whole = (LOGITS.to(dtype).requires_grad_() for _ in range(2))
+    found, whole = (LOGITS.to(dtype, copy=True).requires_grad_() for _ in range(2))
     objective, loss, correct = row_terms(found, terms)
     expected = terms(whole.float(), slice(None))
     (objective * weights).sum().backward()
@@ -37,6 +37,7 @@ def test_terms_and_gradient_are_those_of_all_rows_at_once(
     torch.testing.assert_close(loss, expected[1].detach())
     assert torch.equal(correct, expected[2]) and not loss.requires_grad
     torch.testing.assert_close(found.grad, whole.grad)
+    assert found.grad is not whole.grad
 
 
 def test_without_gradients_and_without_rows_the_terms_are_there_all_the_same() -> None:
