@@ -86,9 +86,9 @@ def test_lineage_must_be_told_alike_by_registry_bundle_and_card(bundle: Path) ->
     assert lineage_problem(bundle, without, CARD) == "the registry does not name its codes, prior"
     other = {**TAGS, "hvqd.digest.vq": "f" * 64}
     assert lineage_problem(bundle, other, CARD) == f"{DESCRIPTION} names another vq: {DIGEST_OF['vq']}"
-    assert lineage_problem(
-        bundle, TAGS, ""
-    ) == "the registry's card has no lineage: the dataset 000000000000 is missing"
+    assert (
+        lineage_problem(bundle, TAGS, "") == "the registry's card has no lineage: the dataset 000000000000 is missing"
+    )
     (bundle / "README.md").write_text("# card\n")
     assert "README.md has no lineage: the dataset 000000000000" in str(lineage_problem(bundle, TAGS, CARD))
     (bundle / DESCRIPTION).write_text("{")
