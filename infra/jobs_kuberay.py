@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from infra.errors import EnvironmentFailure
+from infra.errors import EnvironmentFailure, InputError
 from infra.jobs import (
     ENDED,
     Document,
@@ -57,6 +57,11 @@ class KubeRayLauncher:
 
     def check(self, submission: Submission) -> None:
         """Whether the API server answers and knows RayJobs, and the groups can hold the workers."""
+        if self.target.forward:
+            raise InputError(
+                f"a kuberay target forwards no variables: forward: {', '.join(self.target.forward)}\n"
+                "hint: keep the values in a Kubernetes secret and name it under the target's secrets"
+            )
         groups = self.target.groups
         most = {group.name: group.max_replicas if self.target.autoscaling else group.replicas for group in groups}
         cpus = sum(most[group.name] * group.cpus for group in groups)

@@ -6,6 +6,7 @@ job that has ended gives its name to the next one.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -84,13 +85,13 @@ class RayLauncher:
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
                 value = json.load(response)
             rows: list[dict[str, Any]] = value["data"]["result"]["result"]
+            return [row["resources_total"] for row in rows if row["state"] == "ALIVE"]
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
                 raise self._refused(f"HTTP {error.code}") from error
             raise self._no_ray(error) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise self._no_ray(error) from error
-        return [row["resources_total"] for row in rows if row["state"] == "ALIVE"]
 
     def _check_answers(self) -> None:
         check_reachable(
@@ -100,8 +101,9 @@ class RayLauncher:
         )
 
     def _no_ray(self, error: Exception) -> EnvironmentFailure:
+        said = " ".join(str(error).split())
         return EnvironmentFailure(
-            f"what answers at {self.target.address} is no Ray dashboard with the State API: {error}\n"
+            f"what answers at {self.target.address} is no Ray dashboard with the State API: {said}\n"
             "hint: the cluster needs ray[default]; check the target's address"
         )
 

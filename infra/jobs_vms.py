@@ -175,7 +175,9 @@ def check_schema(cluster: dict[str, Any]) -> None:
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    problems = sorted(jsonschema.Draft7Validator(schema).iter_errors(cluster), key=lambda error: list(error.path))
+    problems = sorted(
+        jsonschema.Draft7Validator(schema).iter_errors(cluster), key=lambda error: [str(part) for part in error.path]
+    )
     if problems:
         place = ".".join(str(part) for part in problems[0].path) or "the cluster"
         raise InputError(

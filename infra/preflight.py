@@ -67,8 +67,6 @@ class RootFacts:
     list_seconds: float = 0.0
     mark: str = ""
     """Name of a file that this node left for the others to see."""
-    seen: tuple[str, ...] = ()
-    """Marks of other nodes that are visible here."""
 
 
 @dataclass(frozen=True)
@@ -334,12 +332,12 @@ class Link:
 
 
 def judge_workers(seconds: Mapping[str, float]) -> list[Finding]:
-    """The same work on every worker: one that takes much longer than the median is named with its node."""
-    usual = statistics.median(seconds.values())
+    """The same work on every worker: one that takes much longer than the others' median is named with its node."""
     findings = []
     for where, took in seconds.items():
-        slower = took / usual if usual > 0 else 1.0
-        if len(seconds) == 1 or slower < _SLOW_WARN:
+        others = [other for name, other in seconds.items() if name != where]  # without it: of two it would be half
+        slower = took / max(statistics.median(others), 1e-9) if others else 1.0
+        if slower < _SLOW_WARN:
             findings.append(Finding("speed", where, "pass", f"{took * 1e3:.0f} ms for the same work"))
             continue
         findings.append(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from infra.errors import InputError
 
@@ -126,6 +126,15 @@ class WorkerGroup(_Typed):
     node_labels: Mapping[str, str] = {}
     """Labels of nodes that it may run on."""
 
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> WorkerGroup:
+        if not self.min_replicas <= self.replicas <= self.max_replicas:
+            raise ValueError(
+                f"replicas must lie between min_replicas and max_replicas "
+                f"({self.min_replicas} to {self.max_replicas}): {self.replicas}"
+            )
+        return self
+
 
 class KubeRayTarget(_Target):
     """Kubernetes with the KubeRay operator: a RayJob."""
@@ -217,5 +226,6 @@ def read_target(name: str) -> Target:
         problem = error.errors(include_url=False)[0]
         kinds = {"local", "ray", "slurm", "kuberay", "vms"}
         key = ".".join(str(part) for part in problem["loc"] if part not in kinds) or "kind"
+        problem["msg"] = problem["msg"].removeprefix("Value error, ")
         message = problem["msg"][:1].lower() + problem["msg"][1:]
         raise InputError(f"the target {path}: {key}: {message}\nhint: {BUNDLED} has an example of each kind") from error

@@ -7,7 +7,9 @@ remembers its settings needs none.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from infra.errors import InputError
@@ -26,6 +28,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("tune",),
 )
 """What can be launched."""
+_NAME_LENGTH = 47  # KubeRay's limit for a RayJob
 
 
 def submission_for(
@@ -34,12 +37,13 @@ def submission_for(
     """The command with the options that `launch` was given, ready for a target.
 
     Raises:
-        InputError: no such command, or a root that the target cannot see.
+        InputError: no such command, a root that the target cannot see, or a name that no target takes.
     """
     verb = _verb(words)
     config = job.config
     check_root(config.root, target, on)
-    options = [*settings_options(job), "--root", config.root]
+    root = _root_elsewhere(config.root, target)
+    options = [*settings_options(job), "--root", root]
     if not isinstance(target, LocalTarget):
         options += ["--set", "compute.address=auto"]
     rest = list(words[len(verb) :])
@@ -49,9 +53,9 @@ def submission_for(
         expected = [f"--expect={part}={version}" for part, version in versions().items()]
     compute = config.compute
     return Submission(
-        name=name or job_name(verb, config.root),
+        name=job_name(verb, root) if name is None else _checked_name(name),
         command=(*verb, *rest, *options),
-        root=config.root,
+        root=root,
         workers=compute.most_workers,
         cpus_per_worker=compute.threads_per_worker,
         gpus_per_worker=compute.gpus_per_worker,
@@ -59,6 +63,26 @@ def submission_for(
         preflight_options=(*options, *expected) if preflight else (),
         secrets=forwarded(target),
     )
+
+
+def _root_elsewhere(root: str, target: Target) -> str:
+    """The root as the target must name it: a job there begins in another folder, where `runs/tiny` is another place."""
+    return root if "://" in root or isinstance(target, LocalTarget) else str(Path(root).expanduser().resolve())
+
+
+def _checked_name(name: str) -> str:
+    """The name that the user gave, as `hvqd jobs` finds it again: it begins with hvqd-.
+
+    Raises:
+        InputError: it is no name for every target (a file's, a Kubernetes object's).
+    """
+    full = name if name.startswith("hvqd-") else f"hvqd-{name}"
+    if re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", full) is None or len(full) > _NAME_LENGTH:
+        raise InputError(
+            f"a job's name has small letters, digits and dashes, at most {_NAME_LENGTH} with hvqd- before it: {name}\n"
+            "hint: --name tokenizer-2, or leave --name out: the name then follows from command and root"
+        )
+    return full
 
 
 def _verb(words: Sequence[str]) -> tuple[str, ...]:
@@ -76,9 +100,14 @@ def settings_options(job: Job) -> list[str]:
     """Options that give another machine this command's configuration."""
     options: list[str] = ["--preset", job.preset] if job.preset else []
     if job.config_file is not None:
-        import yaml
+        from workflows.job import DEFAULT_PRESET
+        from workflows.loading import load_config
 
-        for key, value in _dotted("", yaml.safe_load(job.config_file.read_text(encoding="utf-8")) or {}):
+        # A command without a file begins from a preset: it is named, and what the file has otherwise is set.
+        base = job.preset or DEFAULT_PRESET
+        here = load_config(job.preset, job.config_file).model_dump(mode="json")
+        options = ["--preset", base]
+        for key, value in _differences("", load_config(base).model_dump(mode="json"), here):
             options += ["--set", f"{key}={json.dumps(value, ensure_ascii=False)}"]
     for override in job.overrides:
         options += ["--set", override]
@@ -91,11 +120,12 @@ def settings_options(job: Job) -> list[str]:
     return options
 
 
-def _dotted(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
+def _differences(prefix: str, base: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted keys of what is not as in `base`, with their values."""
+    if isinstance(value, dict) and isinstance(base, dict) and value.keys() == base.keys():
         for key, child in value.items():
-            yield from _dotted(f"{prefix}.{key}" if prefix else str(key), child)
-    else:
+            yield from _differences(f"{prefix}.{key}" if prefix else str(key), base[key], child)
+    elif value != base:
         yield prefix, value
 
 

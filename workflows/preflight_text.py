@@ -11,7 +11,9 @@ from workflows.tables import aligned
 
 def preflight_text(findings: Sequence[Finding]) -> str:
     """A table in the order of the checks, and hints."""
-    rows = [[finding.verdict, finding.check, finding.where, mask(finding.what)] for finding in findings]
+    rows = [
+        [finding.verdict, finding.check, finding.where, " ".join(mask(finding.what).split())] for finding in findings
+    ]
     lines = []
     for line, finding in zip(aligned(rows).splitlines(), findings, strict=True):
         lines.append(line)
