@@ -36,7 +36,8 @@ def test_terms_and_gradient_are_those_of_all_rows_at_once(
     torch.testing.assert_close(objective, expected[0])
     torch.testing.assert_close(loss, expected[1].detach())
     assert torch.equal(correct, expected[2]) and not loss.requires_grad
-    torch.testing.assert_close(found.grad, whole.grad)
+    rounding = 1e-6 if dtype == torch.float32 else 0.02  # in bfloat16 once for each factor
+    torch.testing.assert_close(found.grad, whole.grad, rtol=rounding, atol=rounding / 10)
     assert found.grad is not whole.grad
 
 
