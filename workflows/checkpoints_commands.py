@@ -69,9 +69,13 @@ def export(
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise InputError(f"--out is there already and not empty: {out}\nhint: name a new folder")
     job.quiet()
-    from workflows.training.inspection import export_checkpoint
+    from workflows.training.inspection import export_checkpoint, find_checkpoint
 
     root = _root(job)
+    if job.dry_run:
+        found = find_checkpoint(root, _stage_name(stage), name)
+        job.answer({"status": 0, "plan": {"checkpoint": found.name, "folder": str(out)}}, f"{found.name} -> {out}")
+        return
     saved = export_checkpoint(job.config, root, _stage_name(stage), name, out)
     job.answer({"status": 0, "checkpoint": saved.name, "images_seen": saved.images_seen, "folder": str(out)}, str(out))
 
@@ -89,9 +93,13 @@ def reshape(
     Trainings need no reshaping: any number of workers reads any checkpoint.
     """
     job.quiet()
-    from workflows.training.inspection import reshape_checkpoint
+    from workflows.training.inspection import find_checkpoint, reshape_checkpoint
 
     root = _root(job)
+    found = find_checkpoint(root, _stage_name(stage), name)
+    if job.dry_run:
+        job.answer({"status": 0, "plan": {"checkpoint": found.name, "parts": parts}}, f"{found.name} in {parts} files")
+        return
     with _turn(root, _stage_name(stage), "rewriting a checkpoint"):
         written = reshape_checkpoint(root, _stage_name(stage), name, parts)
     job.answer({"status": 0, "checkpoint": written}, written)

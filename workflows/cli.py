@@ -416,7 +416,7 @@ def main() -> None:
         sys.exit(2)
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else "hvqd"
-        problem, hint = error.format_message(), f"`{where} --help` lists what is allowed"
+        problem, hint = " ".join(error.format_message().split()), f"`{where} --help` lists what is allowed"
         print(f"error: {problem}\nhint: {hint}", file=sys.stderr)  # noqa: T201
         if "--json" in sys.argv[1:]:  # the command never got to read its flags
             print(json.dumps({"status": 2, "error": problem, "hint": hint}, ensure_ascii=False))  # noqa: T201

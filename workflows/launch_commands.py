@@ -64,7 +64,7 @@ def plan(
 @with_options
 def status(
     job: Job,
-    where: Annotated[str | None, typer.Argument(metavar="ROOT", help="Root of the pipeline; default --root.")] = None,
+    where: Annotated[str | None, typer.Argument(metavar="ROOT", help="Root, where it lies; default --root.")] = None,
 ) -> None:
     """Tell the state of a pipeline from its root alone, also when the cluster is gone."""
     from infra.storage import open_store

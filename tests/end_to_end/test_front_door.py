@@ -53,7 +53,6 @@ _OWN: dict[str, set[str]] = {
         "--guidance",
         "--sampler",
         "--preview",
-        "--no-preview",
         "--from",
         "--workers",
     },
@@ -73,6 +72,32 @@ _OWN: dict[str, set[str]] = {
     "edit upscale": {"path", "--keep", *_EDIT},
     "edit restyle": {"path", "--like", "--strength", "--keep", *_EDIT},
     "serve": {"--host", "--port", "--version"},
+    "tune run": {
+        "space",
+        "--trials",
+        "--searcher",
+        "--scheduler",
+        "--max-concurrent",
+        "--name",
+        "--resume",
+        "--force",
+        "--warm-from",
+    },
+    "tune show": {"space", "--draws", "--yaml"},
+    "tune report": {"name"},
+    "doctor": {"--fix"},
+    "checkpoints ls": {"--stage"},
+    "checkpoints verify": {"--stage"},
+    "checkpoints export": {"name", "--stage", "--out"},
+    "checkpoints reshape": {"name", "--stage", "--parts"},
+    "checkpoints gc": {"--stage", "--delete"},
+    "plan": {"--device", "--prices", "--bandwidth", "--pictures", "--classes"},
+    "preflight": {"--expect"},
+    "launch": {"command", "--on", "--name", "--preflight", "--follow"},
+    "jobs ls": {"--on"},
+    "jobs logs": {"name", "--on", "--follow", "-f"},
+    "jobs stop": {"name", "--on"},
+    "status": {"where"},
     "config show": set(),
     "presets": set(),
 }
@@ -162,6 +187,11 @@ def test_presets_lists_each_with_what_it_is_for(tmp_path: Path) -> None:
             r"Invalid value for '--precision': .*'fp8' is not one of .*'bf16'",
             r"`hvqd encode --help`",
         ),
+        (
+            ["checkpoints", "reshape", "x", "--parts", "2"],
+            r"Missing option '--stage'\. Choose from: vq, prior$",
+            r"`hvqd checkpoints reshape --help`",
+        ),
         (["reconstruct", "--out", "a.png"], r"Missing argument 'path'", r"`hvqd reconstruct --help`"),
         (["train", "vq", "--seed", "x"], r"Invalid value for '--seed'", r"`hvqd train vq --help`"),
     ],
@@ -180,20 +210,40 @@ def test_bad_usage_is_two_lines_and_status_2(arguments: list[str], error: str, h
 # ---- dry runs ----
 
 
-_REGISTRY = {
+_LISTED = "`hvqd checkpoints ls --root {root}` shows what is there"
+_ABSENT = {
     "promote": ([], "the model hvqd has no candidate to promote", "`hvqd register` makes one"),
     "rollback": (["--reason", "x"], "the model hvqd has no champion to go back from", "`hvqd promote` makes one"),
     **{
         f"models {command}": (given, "the model hvqd has no versions yet", "`hvqd register` makes one")
         for command, given in {
-            "ls": [], "show": ["1"], "diff": ["1", "2"], "history": [], "verify": ["champion"], "repair": [],
+            "ls": [], "show": ["1"], "diff": ["1", "2"], "history": [], "verify": ["champion"], "repair": [], "gc": [],
+            "copy": ["1", "--to", "sqlite:///other.db"],
         }.items()
     },
+    "serve": ([], "the model hvqd has no versions yet", "`hvqd register` makes one"),
+    "protocol": ([], "there is no finished artifact at {root}/evaluation", "make it with `hvqd evaluate`"),
+    "status": (
+        [], "there is no pipeline at {root}",
+        "name the root of a run (its folder or URL); `hvqd run --root` begins one",
+    ),
+    "checkpoints export": (
+        ["--stage", "vq", "--out", "model"], "no checkpoint at {root}/vq/checkpoints", _LISTED
+    ),
+    "checkpoints reshape": (
+        ["one", "--stage", "vq", "--parts", "2"], "no checkpoint one at {root}/vq/checkpoints", _LISTED
+    ),
+    **{
+        f"jobs {command}": (
+            ["no-job", "--on", "local"], "no such job: no-job (there are none)", "`hvqd jobs ls --on TARGET` lists them"
+        )
+        for command in ("logs", "stop")
+    },
 }  # fmt: skip
-"""Commands that ask the registry: what they need, and what they say where there is none."""
+"""Commands that ask for what is not there: what they need, and what they say."""
 
 
-@pytest.mark.parametrize("path", sorted(set(_OWN) - set(_REGISTRY)))
+@pytest.mark.parametrize("path", sorted(set(_OWN) - set(_ABSENT)))
 def test_a_dry_run_touches_nothing(path: str, tmp_path: Path) -> None:
     more = {
         "reconstruct": ["test"],
@@ -201,6 +251,11 @@ def test_a_dry_run_touches_nothing(path: str, tmp_path: Path) -> None:
         "edit inpaint": ["a.png", "--mask", "m.png"],
         "edit upscale": ["a.png"],
         "edit restyle": ["a.png"],
+        "tune run": ["vq"],
+        "tune show": ["vq"],
+        "tune report": ["vq"],
+        "launch": ["run", "--on", "local"],
+        "jobs ls": ["--on", "local"],
     }.get(path, [])
     draws = path.startswith("edit ") or path in ("sample", "interpolate", "reconstruct", "codes inspect")
     more += ["--out", "grid.png"] if draws else []
@@ -213,13 +268,14 @@ def test_a_dry_run_touches_nothing(path: str, tmp_path: Path) -> None:
         assert done.answer["plan"]["codes"] == "missing"
 
 
-@pytest.mark.parametrize("path", _REGISTRY)
-def test_what_asks_an_absent_registry_says_so_and_makes_none(path: str, tmp_path: Path) -> None:
-    more, error, hint = _REGISTRY[path]
+@pytest.mark.parametrize("path", _ABSENT)
+def test_what_asks_for_something_absent_says_so_and_makes_none(path: str, tmp_path: Path) -> None:
+    more, error, hint = _ABSENT[path]
+    root = tmp_path / "new" / "root"
     arguments = (*path.split(), *more, "--dry-run", "--root", "new/root")
     done = run_hvqd(*arguments, cwd=tmp_path, env=environment(tmp_path))
     assert (done.status, done.out) == (2, "")
-    assert done.err == f"error: {error}\nhint: {hint}\n"
+    assert done.err == f"error: {error}\nhint: {hint}\n".replace("{root}", str(root))
     assert list(tmp_path.iterdir()) == []
 
 

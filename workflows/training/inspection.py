@@ -92,7 +92,7 @@ def _look(store: Store, stage: StageName, place: Name, thorough: bool) -> Found:
     return Found(stage, place.text, place, saved, "")
 
 
-def _named(root: Store, stage: StageName, name: str | None) -> Saved:
+def find_checkpoint(root: Store, stage: StageName, name: str | None) -> Saved:
     """A whole checkpoint: the named one, or the newest.
 
     Raises:
@@ -138,7 +138,7 @@ def export_checkpoint(config: RunConfig, root: Store, stage: StageName, name: st
     Raises:
         InputError: there is no such checkpoint, or it is of a model with other settings than the root's.
     """
-    saved = _named(root, stage, name)
+    saved = find_checkpoint(root, stage, name)
     built = build_stage(TrainingJob(stage, config, root, saved.request), torch.device("cpu"))
     with _local(folder_of(root, stage).child(saved.name)) as fetch, saved.state(fetch).opened() as state:
         buffers, frozen = state.shared()
@@ -160,7 +160,7 @@ def reshape_checkpoint(root: Store, stage: StageName, name: str | None, parts: i
 
     A training reads any number of files: this serves to hand on one file instead of hundreds.
     """
-    saved = _named(root, stage, name)
+    saved = find_checkpoint(root, stage, name)
     store = folder_of(root, stage)
     target = replace(saved.place, workers=parts, attempt=uuid.uuid4().hex[:8])
     files, spans = {}, {}
