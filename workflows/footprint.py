@@ -17,14 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
@@ -34,8 +32,12 @@ from hvqd_model.prior.attention import always_fused
 Work = Literal["matrix_fp32", "matrix_bf16", "convolution_fp32", "convolution_bf16", "memory"]
 
 _CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
-_SDPA_FORWARD, _SDPA_BACKWARD = 4, 10
-"""Floating-point operations of fused attention, in units of tokens^2 x channels; backward computes the scores anew."""
+_FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (0, 4),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 10),
+}
+"""Fused attention, which keeps its inputs, its result and a number a row, as on a GPU: the query's place among the
+arguments, and operations in units of tokens^2 x channels; backward computes the scores anew."""
 
 
 @dataclass
@@ -104,7 +106,7 @@ def walk(module: nn.Module, step: Callable[[], Tensor], *, on_gpu: bool) -> Foot
     with ExitStack() as stack:
         stack.enter_context(ledger)
         if on_gpu:
-            stack.enter_context(_on_gpu(ledger))
+            stack.enter_context(_on_gpu())
         step().backward()  # type: ignore[no-untyped-call]
     for hook in hooks:
         hook.remove()
@@ -140,11 +142,6 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         parameter.grad = None
         self._note_peak()
 
-    def saw_attention(self, flops: float, dtype: torch.dtype) -> None:
-        """Count a fused attention, whose inside no operation shows."""
-        self._add_flops("matrix", dtype, flops)
-        self.footprint.operations += 1
-
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -167,7 +164,11 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor]) -> None:
         packet = func._overloadpacket
         inputs = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-        if packet in flop_registry:
+        if packet in _FUSED:
+            query, key = args[_FUSED[packet][0]], args[_FUSED[packet][0] + 1]
+            self._add_flops("matrix", query.dtype, _FUSED[packet][1] * float(query.numel()) * key.shape[-2])
+            self.footprint.operations += 1
+        elif packet in flop_registry:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
             kind: Literal["matrix", "convolution"] = "convolution" if packet in _CONVOLUTIONS else "matrix"
             self._add_flops(kind, results[0].dtype, flops)
@@ -200,45 +201,10 @@ def _bincount(values: Tensor, weights: Tensor | None = None, minlength: int = 0)
     return torch.empty(minlength, dtype=kind)
 
 
-class _AsOnGPU(TorchFunctionMode):
-    """Stands in for the fused attention that a model asks for on a GPU; on a CPU it would fall into its parts."""
-
-    def __init__(self, ledger: _Ledger) -> None:
-        super().__init__()
-        self._ledger = ledger
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value = args
-        if torch.is_autocast_enabled("cpu"):
-            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-        return _FusedAttention.apply(query, key, value, self._ledger)  # type: ignore[no-untyped-call]
-
-
 @contextmanager
-def _on_gpu(ledger: _Ledger) -> Iterator[None]:
+def _on_gpu() -> Iterator[None]:
     token = always_fused.set(True)
     try:
-        with _AsOnGPU(ledger):
-            yield
+        yield
     finally:
         always_fused.reset(token)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Shapes of fused attention: it keeps its inputs, its result and a number a row, never the scores."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ledger: _Ledger) -> Tensor:
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        ctx.ledger, ctx.products = ledger, query.numel() * key.shape[-2]
-        ledger.saw_attention(_SDPA_FORWARD * ctx.products, query.dtype)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, *_ = ctx.saved_tensors
-        ctx.ledger.saw_attention(_SDPA_BACKWARD * ctx.products, query.dtype)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None

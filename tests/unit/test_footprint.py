@@ -71,12 +71,13 @@ def test_a_prior_is_walked_through_with_its_data_dependent_parts(on_gpu: bool) -
     assert found.total_flops > 0 and found.transient_bytes > 0 and found.operations > 100
 
 
-def test_checkpointing_trades_operations_for_memory() -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_checkpointing_trades_operations_for_memory(on_gpu: bool) -> None:
     found = []
     for checkpointing in (False, True):
         with without_memory():
             objective, inputs = prior_step(depth=8, width=64, activation_checkpointing=checkpointing)
-        found.append(walk(objective, lambda o=objective, i=inputs: o(*i.values()).loss, on_gpu=False))
+        found.append(walk(objective, lambda o=objective, i=inputs: o(*i.values()).loss, on_gpu=on_gpu))
     plain, recomputed = found
     assert recomputed.transient_bytes < 0.5 * plain.transient_bytes
     assert plain.total_flops * 1.2 < recomputed.total_flops < plain.total_flops * 1.4, "a forward more, of three"
