@@ -44,7 +44,9 @@ class Team:
         """The same objects at a new address."""
         (self.folder / "s3").mkdir(exist_ok=True)
         self._s3 = seaweedfs(self.folder / "s3")
-        for name, value in self._s3.__enter__().env.items():
+        server = self._s3.__enter__()
+        # MLflow keeps its client of an endpoint, and knows the endpoint by a name of its own.
+        for name, value in {**server.env, "MLFLOW_S3_ENDPOINT_URL": server.endpoint}.items():
             self._monkeypatch.setenv(name, value)
         storage._filesystem.cache_clear()
 
