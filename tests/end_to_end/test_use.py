@@ -65,6 +65,8 @@ def test_the_recipe_beside_a_grid_draws_it_again(finished_run: FinishedRun, tmp_
         "top_k": None,
         "top_p": None,
         "gumbel_scale": 1.0,
+        "gaussian_sampler": "dpm-solver++",
+        "eta": 0.0,
         "batch": 16,
     }
     assert (recipe["class"], recipe["count"], recipe["seed"], recipe["sampling"]) == ("Flags", 4, 5, expected)
