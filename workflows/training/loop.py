@@ -157,7 +157,8 @@ class _Training:
         """One global batch, and what is due after it."""
         engine, stage, settings, state = self.engine, self.stage, self.settings, self.state
         before = state.images_seen
-        started = stage.before_step(engine, before)
+        with self.ledger.time("steps"):
+            started = stage.before_step(engine, before)
         if started:
             self._keep({"images": before, **started})
         result = self._step(before)
@@ -286,7 +287,7 @@ class _Training:
                 output = engine.forward(*inputs)
             with self.ledger.time("steps"):
                 engine.backward(output.loss)
-            means.add({"loss": output.loss, **output.metrics, **stage.after_micro_batch(output)})
+                means.add({"loss": output.loss, **output.metrics, **stage.after_micro_batch(output)})
             if merged:
                 pairs = zip(merged, output.statistics, strict=True)
                 merged = tuple(merge_statistics(one, other) for one, other in pairs)
