@@ -8,7 +8,7 @@ Levels are listed coarse first everywhere: entry 0 is the coarsest.
 
 from __future__ import annotations
 
-from math import prod
+from math import log2, prod
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -248,6 +248,12 @@ class VQConfig(VQArchitecture):
     def tokens(self) -> int:
         """Codes an image, all levels together."""
         return sum(rows * columns for rows, columns in self.grids)
+
+    @property
+    def bits(self) -> float:
+        """Of an image's codes as they are: log2 of the codebook's size for each."""
+        levels = zip(self.grids, self.codebook_sizes, strict=True)
+        return sum(rows * columns * log2(size) for (rows, columns), size in levels)
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvqd_model.codec.hierarchy import HierarchicalVQ
+from hvqd_model.codec.search import nearest_codes
 from hvqd_model.randomness import uniform
 
 Codes = tuple[Tensor, ...]
@@ -105,17 +106,8 @@ def restyled_codes(vq: HierarchicalVQ, content: Codes, style: Codes, keep: int) 
         own, other = (codebook[codes[level]].flatten(1, 2) for codes in (content, style))  # (B, N, D)
         normed = (own - own.mean(1, keepdim=True)) / own.std(1, keepdim=True, correction=0).clamp_min(1e-6)
         moved = normed * other.std(1, keepdim=True, correction=0) + other.mean(1, keepdim=True)
-        levels.append(nearest_codes(moved, codebook).view_as(content[level]))
+        levels.append(nearest_codes(moved.flatten(0, 1), codebook).view_as(content[level]))
     return tuple(levels)
-
-
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """(...,) int64 nearest of the (K, D) codes to (..., D) vectors; ties go to the lowest index."""
-    flat = vectors.reshape(-1, vectors.shape[-1]).float()
-    found = [
-        (codebook.square().sum(1) - 2 * rows @ codebook.T).argmin(1) for rows in torch.split(flat, 4096)
-    ]  # |z|^2 is the same for every code
-    return torch.cat(found).view(vectors.shape[:-1])
 
 
 def renoised(codes: Codes, keys: Tensor, strength: float, keep: int = 0) -> tuple[Tensor, ...]:

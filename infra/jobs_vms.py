@@ -20,6 +20,7 @@ import yaml
 from infra.errors import EnvironmentFailure, InputError
 from infra.jobs import ENDED, Document, JobState, Submission, check_resources, find_job, run_program
 from infra.jobs_ray import PREFIX, STATES, moment_of
+from infra.secrets import names_a_secret
 from infra.targets import VmsTarget
 
 CLUSTER = "hvqd"
@@ -49,6 +50,12 @@ class VmsLauncher:
 
     def check(self, submission: Submission) -> None:
         """Whether the YAML is one that Ray takes, and its machines can hold the workers where their size is known."""
+        if secret := [name for name in self.target.forward if names_a_secret(name)]:
+            raise InputError(
+                "a vms target forwards no secrets, because `ray exec` would show them in the list of processes: "
+                f"forward: {', '.join(secret)}\n"
+                "hint: give the machines a role that may read the root, or let the target's setup fetch what they need"
+            )
         check_schema(self.cluster())
         target, machines = self.target, self.target.max_workers or self.target.workers
         cpus = float("inf") if target.cpus is None else machines * target.cpus

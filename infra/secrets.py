@@ -12,6 +12,14 @@ _HEADER = re.compile(r"(?i)(authorization[\"']?\s*[=:]\s*[\"']?\w+\s+)[^\s,;\"']
 _AWS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")
 
 
+_WHOLE_NAME = re.compile(rf"(?i){_NAME}")
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether a variable's name speaks of a secret: what `mask` hides the values of."""
+    return _WHOLE_NAME.fullmatch(name) is not None
+
+
 def mask(text: str) -> str:
     """The text with stars for what must stay secret.
 

@@ -58,11 +58,11 @@ class Quantities:
             case "tokens":
                 return vq.tokens
             case "bits":
-                return bits(vq)
+                return vq.bits
             case "pixels":
                 return math.prod(vq.image_size)
             case "bits_per_pixel":
-                return bits(vq) / math.prod(vq.image_size)
+                return vq.bits / math.prod(vq.image_size)
             case "parameters_millions":
                 return max(parameters(self.config, stage) for stage in stages(self.job)) / 1e6
             case "memory_gib":
@@ -78,13 +78,6 @@ def stages(job: Job) -> tuple[StageName, ...]:
         case "joint":
             return ("vq", "prior")
     raise ValueError(f"no such job: {job}")
-
-
-def bits(vq: VQConfig) -> float:
-    """Bits of an image's codes as they are: log2 of the codebook size for each code."""
-    return sum(
-        rows * columns * math.log2(size) for (rows, columns), size in zip(vq.grids, vq.codebook_sizes, strict=True)
-    )
 
 
 def parameters(config: RunConfig, stage: StageName) -> int:

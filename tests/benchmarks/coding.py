@@ -1,4 +1,4 @@
-"""Bits of codes: what a grid of codes costs at most, and a real entropy coder that says what it does cost.
+"""A real entropy coder, which says what codes cost; `VQConfig.bits` is what they cost at most.
 
 The coder is an arithmetic one (Rissanen and Langdon, IBM J. Res. Dev. 23, 1979) whose interval is two whole numbers of
 any size, so nothing is rounded; a picture becomes the fewest bytes that lie in its interval. Its tables are part of the
@@ -20,11 +20,6 @@ Array = np.ndarray[Any, Any]
 
 PRECISION = 20
 """Frequencies of a table sum to 2^PRECISION."""
-
-
-def code_bits(grids: Sequence[tuple[int, int]], sizes: Sequence[int]) -> float:
-    """Bits of an image's codes without entropy coding: log2 of a level's codes, for each of its tokens."""
-    return sum(rows * columns * math.log2(size) for (rows, columns), size in zip(grids, sizes, strict=True))
 
 
 def size_for_bits(tokens: int, bits: float) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from coding import Table, code_bits, decode, encode, size_for_bits
+from coding import Table, decode, encode, size_for_bits
 from peers import PeerVQ
 from picture_sets import PictureSet, emoji, photographs, subset
 from PIL import Image
@@ -76,7 +76,7 @@ class Arm:
     @property
     def bits(self) -> float:
         """Of an image's codes."""
-        return code_bits(self.architecture.grids, self.architecture.codebook_sizes) * max(1, self.depth)
+        return self.architecture.bits * max(1, self.depth)
 
     def trial(self, config: RunConfig, pictures: ImageTable) -> VQTrial:
         """Its training."""

@@ -17,7 +17,7 @@ from PIL import Image
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.metrics import psnr
 from tests import tiny_training
-from tests.benchmarks.coding import PRECISION, Table, code_bits, decode, encode, size_for_bits
+from tests.benchmarks.coding import PRECISION, Table, decode, encode, size_for_bits
 from tests.benchmarks.picture_sets import FOLDS, folds, photographs
 from tests.benchmarks.trials import (
     Nothing,
@@ -104,10 +104,6 @@ def test_a_table_gives_every_code_a_share_and_shares_are_in_the_order_of_the_cou
     counts = np.bincount(codes, minlength=size)
     order = np.argsort(counts, kind="stable")
     assert (np.diff(np.array(table.frequencies)[order])[np.diff(counts[order]) > 0] > 0).all()
-
-
-def test_bits_of_codes_are_tokens_times_the_logarithm_of_the_codebook() -> None:
-    assert code_bits(((4, 4), (8, 8)), (1024, 256)) == 16 * 10 + 64 * 8
 
 
 @pytest.mark.parametrize(
@@ -222,7 +218,7 @@ def test_a_prior_that_has_learned_nothing_costs_the_logarithm_of_the_codebooks()
     start_somewhere(tokenizer)
     codes, held_out = (encoded(tokenizer, image_table(24, seed=seed)) for seed in (0, 1))
     trial = prior_trial(configured("tiny", TINY), tokenizer, codes, held_out)
-    assert bits_an_image(trial) == pytest.approx(code_bits(tokenizer.config.grids, (8, 16)), rel=0.15)  # drawn noise
+    assert bits_an_image(trial) == pytest.approx(tokenizer.config.bits, rel=0.15)  # drawn noise
     before = bits_an_image(trial)
     run(trial, 400)
     assert bits_an_image(trial) < before

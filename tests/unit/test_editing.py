@@ -18,7 +18,6 @@ from hvqd_model.editing import (
     coarse_codes,
     code_masks,
     inpaint,
-    nearest_codes,
     renoised,
     restyled_codes,
     scaled_back,
@@ -218,11 +217,6 @@ def test_restyling_keeps_coarse_levels_and_moves_statistics_of_the_fine_ones() -
         slow[:, channel] = (a - a.mean()) / a.std(correction=0) * b.std(correction=0) + b.mean()
     nearest = (slow[:, None] - codebook.double()).square().sum(2).argmin(1)
     assert torch.equal(found[1][0].flatten(), nearest)
-
-
-def test_a_tie_goes_to_the_lowest_code() -> None:
-    codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
-    assert nearest_codes(torch.tensor([[[0.0, 3.0], [2.0, 0.0]]]), codebook).tolist() == [[0, 0]]
 
 
 def test_renoising_takes_the_asked_share_and_all_below_what_it_takes() -> None:

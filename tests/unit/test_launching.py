@@ -239,6 +239,13 @@ def test_variables_to_forward_are_refused_where_the_cluster_keeps_secrets() -> N
         launcher_for(target).check(small())
 
 
+def test_secrets_are_not_forwarded_by_a_command_line_that_others_can_read() -> None:
+    target = read_target("vms").model_copy(update={"forward": ("AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")})
+    with pytest.raises(InputError, match=r"list of processes: forward: AWS_SECRET_ACCESS_KEY\nhint: give the machines"):
+        launcher_for(target).check(small())
+    launcher_for(read_target("vms")).check(small())
+
+
 # ---- a Ray cluster that does not answer as it should ----
 
 

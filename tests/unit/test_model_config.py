@@ -252,6 +252,10 @@ def test_unknown_keys_are_refused_and_nothing_changes_later(kind: type[Settings]
         kind.model_validate(needed).width = 64  # type: ignore[attr-defined]
 
 
+def test_bits_are_tokens_times_the_logarithm_of_the_codebook() -> None:
+    assert VQConfig(image_size=(32, 32), strides=(8, 4), codebook_sizes=(1024, 256)).bits == 16 * 10 + 64 * 8
+
+
 def test_grids_and_tokens_follow_from_the_picture() -> None:
     config = VQConfig(strides=(16, 4, 2), codebook_sizes=(8, 8, 8), image_size=(32, 48))
     assert config.grids == ((2, 3), (8, 12), (16, 24))
