@@ -92,6 +92,19 @@ def verdicts(figures: Figures, gates: GateSettings) -> list[Verdict]:
         f"{recognised} recognised, {by_chance} by chance",
         gates.min_class_accuracy_to_chance,
     )
+    covered = [short(value(f"coverage_{kind}") or 0) for kind in ("samples", "reconstructions")]
+    add(
+        "Coverage, against reconstructions",
+        ratio("coverage_samples", "coverage_reconstructions"),
+        " over ".join(covered),
+        gates.min_coverage_to_reconstructions,
+    )
+    add(
+        "Distance to training pictures",
+        value("memorisation_ratio"),
+        "of samples, over that of held-out reconstructions",
+        gates.min_memorisation_ratio,
+    )
     add("Recall of the samples", value("recall_samples"), span(figures, "recall_samples"), None)
     return found
 

@@ -55,10 +55,12 @@ def figures(classes: bool = True) -> dict[str, dict[str, Any]]:
             "bits_total": 530.0,
             "nearest_train_samples": 9.0,
             "nearest_train_heldout": 8.0,
+            "memorisation_ratio": 1.1,
         }.items()
     }
     for rank, name in enumerate(SETS):
         found |= {f"kid_{name}": figure(0.1 + rank), f"recall_{name}": figure(0.9 - 0.2 * rank)}
+        found |= {f"coverage_{name}": figure(0.8 - 0.2 * rank)}
     if classes:
         found |= {"class_accuracy_samples": figure(0.6), "class_shuffled_samples": figure(0.2)}
     found["fid_samples"] = {"value": 321.0, "low": None, "high": None, "n": 40}
@@ -194,7 +196,7 @@ def test_the_page_tells_figures_floors_intervals_and_totals(written: tuple[str, 
         "321",
         "1,234,567",
         "0.820",
-        "All 5 quality gates hold",
+        "All 7 quality gates hold",
         "FID (Eff",
     ):
         assert expected in page.text, expected
@@ -210,7 +212,7 @@ def test_names_from_the_data_are_escaped_and_addresses_left_out(written: tuple[s
 def test_a_model_without_classes_has_a_report_too(tmp_path: Path) -> None:
     text = Path(write_report(make_root(tmp_path, classes=()))).read_text()
     assert "an unconditional model" in text and "Samples by asked class" not in text
-    assert "All 4 quality gates hold" in text
+    assert "All 6 quality gates hold" in text
 
 
 def test_a_report_needs_an_evaluation(tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_a_gate_that_does_not_hold_is_named(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     metrics["figures"]["psnr"]["value"] = 12.0
     (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
-    assert "1 of 5 quality gates refuse: Reconstruction, PSNR in dB." in Path(write_report(context)).read_text()
+    assert "1 of 7 quality gates refuse: Reconstruction, PSNR in dB." in Path(write_report(context)).read_text()
 
 
 def test_verdicts_follow_the_gates() -> None:
@@ -236,6 +238,18 @@ def test_verdicts_follow_the_gates() -> None:
     assert found["Asked class, over chance"].value == pytest.approx(3)
     strict = verdicts(figures(), GateSettings(min_class_accuracy_to_chance=3.5))
     assert [verdict.name for verdict in strict if verdict.holds is False] == ["Asked class, over chance"]
+
+
+@pytest.mark.parametrize(
+    ("change", "refusing"),
+    [
+        ({"memorisation_ratio": 0.9}, "Distance to training pictures"),
+        ({"coverage_samples": 0.04}, "Coverage, against reconstructions"),
+    ],
+)
+def test_copies_and_collapse_are_no_quality_that_holds(change: dict[str, float], refusing: str) -> None:
+    measured = figures() | {name: figure(value) for name, value in change.items()}
+    assert [verdict.name for verdict in verdicts(measured, GateSettings()) if verdict.holds is False] == [refusing]
 
 
 def test_rows_of_a_grid_come_apart_as_they_were_put_together() -> None:
