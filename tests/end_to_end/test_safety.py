@@ -114,21 +114,24 @@ def test_no_file_of_a_root_can_run_anything(
     assert len(whole) == 12
     for read in whole:
         read()  # each of them reads what is there
-    mark, replaced = tmp_path / "mark", 0
+    mark = tmp_path / "mark"
     for wrapping, content in bombs(mark).items():
         # A tensor file or an array that is wrapped as such is the likeliest to be undone by mistake; text is not.
         for suffix in (".parquet", ".safetensors", ".npy", ".json", ".yaml") if wrapping == "pickle" else WEIGHTS:
             root = fresh(f"{wrapping}{suffix}")
-            files = [path for path in root.rglob(f"*{suffix}") if path.is_file()]
+            cache = Path(os.environ["HVQD_CACHE"])
+            if suffix == ".npy":  # arrays lie in the machine's cache alone, once they have been read
+                for read in readers(open_store(str(root))):
+                    read()
+            files = [path for place in (root, cache) for path in place.rglob(f"*{suffix}") if path.is_file()]
+            assert files, suffix
             for path in files:
                 path.write_bytes(content)
-            replaced += len(files)
             for read in readers(open_store(str(root))):
                 with suppress(Exception):
                     read()
                 assert not mark.exists(), f"{wrapping} in {suffix}"
             shutil.rmtree(root)
-    assert replaced > 100
 
 
 # ---- secrets ----

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -382,3 +384,32 @@ def test_a_source_with_nothing_in_it_ends_with_status_two_and_an_untouched_root(
     assert (ended.status, ended.out, len(lines)) == (2, "", 2)
     assert lines[0] == f"error: {problem}{tmp_path / name}" and lines[1].startswith("hint: ")
     assert not (tmp_path / "root").exists()
+
+
+def test_after_a_failure_nothing_is_left_that_could_end_the_process_in_its_own_way(tmp_path: Path) -> None:
+    """A thread of Ray that asks for something after `disconnect` ends the process with status 1."""
+    script = (
+        "import sys, threading, time\n"
+        "import ray.cloudpickle\n"
+        "from infra.cluster import disconnect\n"
+        "from infra.errors import InputError\n"
+        "from workflows.config import ComputeSettings\n"
+        "from workflows.data.distributed import map_units\n"
+        "class Worker:\n"
+        "    def __call__(self, unit):\n"
+        "        if unit == 1:\n"
+        "            raise InputError('unit 1 is bad')\n"
+        "        time.sleep(0.5)\n"
+        "        return {'unit': unit}\n"
+        "ray.cloudpickle.register_pickle_by_value(sys.modules['__main__'])\n"
+        "try:\n"
+        "    list(map_units(Worker, range(200), ComputeSettings(workers=2)))\n"
+        "except InputError as error:\n"
+        "    print(error, [thread.name for thread in threading.enumerate()])\n"
+        "    disconnect()\n"
+        "    sys.exit(2)\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout.count("unit 1 is bad")) == (2, 1), done.stderr
+    assert "Executor" not in done.stdout, "the other 199 units are not done first, nor go on behind"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +74,17 @@ def map_units(
 def _map_window(
     make: Callable[[], UnitWorker], units: list[Any], compute: ComputeSettings, on_gpus: bool
 ) -> Iterator[Summary]:
+    # Raised from here, so that the traceback holds nothing that still runs: a thread of Ray Data that asks the cluster
+    # after the process has left it ends the process, with a status of its own.
+    failure = yield from _until_failure(make, units, compute, on_gpus)
+    if failure is not None:
+        raise failure
+
+
+def _until_failure(
+    make: Callable[[], UnitWorker], units: list[Any], compute: ComputeSettings, on_gpus: bool
+) -> Generator[Summary, None, Exception | None]:
+    """The summaries up to the first failure, which is returned."""
     available = compute.most_workers * compute.threads_per_worker
     connect(compute.address, available)
     import ray.data
@@ -92,8 +103,11 @@ def _map_window(
         num_gpus=1 if on_gpus else 0,
         compute=ray.data.ActorPoolStrategy(size=min(len(units), compute.most_workers if on_gpus else available)),
     )
-    for row in results.iter_rows():
-        answer: Summary | Exception = pickle.loads(row["answer"])
-        if isinstance(answer, Exception):
-            raise answer
-        yield answer
+    # Answers are small: nothing is fetched ahead, in a thread that may outlive what it fetches for.
+    for batch in results.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        for content in batch["answer"]:
+            answer: Summary | Exception = pickle.loads(content)
+            if isinstance(answer, Exception):
+                return answer
+            yield answer
+    return None
