@@ -84,7 +84,8 @@ class VQArchitecture(Settings):
     """The hierarchical tokenizer: encoder, quantizers and decoder."""
 
     strides: tuple[Stride, ...] = (8, 4)
-    """Pixels a code spans at each level, coarse first, each a multiple of the next; [rows, columns] if not square."""
+    """Pixels a code spans at each level, coarse first, each a multiple of the next (or its equal: two levels on one
+    grid); [rows, columns] if not square."""
     codebook_sizes: tuple[int, ...] = (1024, 1024)
     """Codes in each level's codebook."""
     code_dim: OneOrEach[Count] = 64
@@ -180,9 +181,9 @@ class VQArchitecture(Settings):
 
     def _check_strides(self) -> None:
         for coarse, fine in zip(self.cells, self.cells[1:], strict=False):
-            if coarse == fine or any(a < b for a, b in zip(coarse, fine, strict=True)):
+            if any(a < b for a, b in zip(coarse, fine, strict=True)):
                 raise ValueError(
-                    f"strides must fall from level to level, coarse first: {_plain(self.strides)}\n"
+                    f"strides must not grow from level to level, coarse first: {_plain(self.strides)}\n"
                     "hint: for example strides=[8,4]"
                 )
             if any(a % b for a, b in zip(coarse, fine, strict=True)):

@@ -98,7 +98,7 @@ class HierarchicalVQ(nn.Module):
             steps: list[nn.Module] = []
             for factor in factors(ratio(config.cells[level], config.cells[level + 1])):
                 steps += [shrink(width if steps else channels, width, factor, even_kernel=4), nn.SiLU()]
-            return nn.Sequential(*steps, nn.Conv2d(width, dim, 3, padding=1))
+            return nn.Sequential(*steps, nn.Conv2d(width if steps else channels, dim, 3, padding=1))
         if config.hierarchy == "residual" and level < config.levels - 1:
             return nn.Identity()
         return nn.Conv2d(channels, dim, 1)

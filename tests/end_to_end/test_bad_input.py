@@ -37,7 +37,7 @@ def _refused(done: Finished, status: int, error: str, hint: str) -> None:
         ),
         (
             ["vq.model.strides=[4,8]"],
-            r"vq\.model: strides must fall from level to level, coarse first: \[4, 8\]",
+            r"vq\.model: strides must not grow from level to level, coarse first: \[4, 8\]",
             r"for example strides=\[8,4\]",
         ),
         (

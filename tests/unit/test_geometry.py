@@ -15,6 +15,8 @@ HIERARCHIES = ("features", "residual", "nested")
 SHAPES: list[tuple[dict[str, object], list[Cell]]] = [
     ({"strides": (8, 4), "image_size": (16, 24)}, [(2, 2), (4, 4), (8, 8)]),
     ({"strides": (12, 3), "image_size": (24, 12)}, [(3, 3), (6, 6), (12, 12)]),
+    ({"strides": (4, 4), "image_size": (16, 8)}, [(2, 2), (4, 4)]),
+    ({"strides": (8, 4, 4), "codebook_sizes": (6, 12, 8), "image_size": (16, 8)}, [(2, 2), (4, 4), (8, 8)]),
     ({"strides": (5,), "codebook_sizes": (6,), "image_size": (15, 10)}, [(5, 5)]),
     ({"strides": (10, 1), "image_size": (20, 10)}, [(1, 1), (2, 2), (10, 10)]),
     ({"strides": ((8, 2), (4, 1)), "image_size": (16, 6)}, [(2, 1), (4, 1), (8, 2)]),

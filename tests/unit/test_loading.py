@@ -38,7 +38,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("vq.train.images=0", r"vq\.train\.images: .*greater than or equal to 1, not 0\nhint: "),
         ("data.image_size=[30,30]", r"image_size must be a multiple of the coarsest stride \(8\): \[30, 30\]\nhint: "),
         ("vq.model.strides=[8,3]", r"each of strides must be a multiple of the next: \[8, 3\]\nhint: "),
-        ("vq.model.strides=[4,8]", r"strides must fall from level to level, coarse first: \[4, 8\]\nhint: "),
+        ("vq.model.strides=[4,8]", r"strides must not grow from level to level, coarse first: \[4, 8\]\nhint: "),
         ("vq.model.codebook_sizes=[64]", r"codebook_sizes must have one entry a level \(2\): \[64\]\nhint: "),
         ("vq.model.codebook_sizes=[64,1]", r"codebook_sizes must be at least 2 each: \[64, 1\]\nhint: "),
         ("compute.workers=3", r"vq\.train\.global_batch must be a multiple of .*\(16 x 3\): 32\nhint: the nearest is"),

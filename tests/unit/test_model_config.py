@@ -52,12 +52,7 @@ REFUSED: list[tuple[type[Settings], dict[str, object], str]] = [
     (
         VQArchitecture,
         {"strides": (4, 8)},
-        "strides must fall from level to level, coarse first: [4, 8]\nhint: for example strides=[8,4]",
-    ),
-    (
-        VQArchitecture,
-        {"strides": (4, 4)},
-        "strides must fall from level to level, coarse first: [4, 4]\nhint: for example strides=[8,4]",
+        "strides must not grow from level to level, coarse first: [4, 8]\nhint: for example strides=[8,4]",
     ),
     (
         VQConfig,
@@ -80,7 +75,7 @@ REFUSED: list[tuple[type[Settings], dict[str, object], str]] = [
     (
         VQArchitecture,
         {"strides": ((8, 4), (4, 8))},
-        "strides must fall from level to level, coarse first: [[8, 4], [4, 8]]\nhint: for example strides=[8,4]",
+        "strides must not grow from level to level, coarse first: [[8, 4], [4, 8]]\nhint: for example strides=[8,4]",
     ),
     (
         VQArchitecture,
@@ -178,6 +173,7 @@ def test_what_is_refused_is_named_with_the_value_and_a_hint(
 
 def test_what_a_hint_proposes_is_accepted() -> None:
     assert VQArchitecture(strides=(8, 4, 2), codebook_sizes=(64, 64, 64)).levels == 3
+    assert VQConfig(strides=(4, 4), image_size=(8, 16)).grids == ((2, 4), (2, 4))
     assert VQConfig(image_size=(32, 24)).grids == ((4, 3), (8, 6))
     assert VQConfig(image_size=(8, 32)).tokens == 4 + 16
     assert VQConfig(image_size=(32, 30), padding="edge").padded_size == (32, 32)

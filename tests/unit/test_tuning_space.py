@@ -239,10 +239,10 @@ def test_a_configuration_that_cannot_be_is_refused_before_it_costs_anything() ->
     found = with_parameters(strides={"key": "vq.model.strides", "choice": [[4, 8]], "when": "levels == 2"})
     drawn = {"levels": 2, "strides": [4, 8], "vq.model.codebook_sizes": [8, 8], "vq.model.quantizer": "ema"}
     with pytest.raises(
-        Refusal, match=r"strides must fall from level to level, coarse first: \[4, 8\]\nhint:"
+        Refusal, match=r"strides must not grow from level to level, coarse first: \[4, 8\]\nhint:"
     ) as caught:
         found.check(drawn)
-    assert caught.value.reason == "vq.model: strides must fall from level to level, coarse first"
+    assert caught.value.reason == "vq.model: strides must not grow from level to level, coarse first"
 
 
 def test_a_constraint_over_a_parameter_that_does_not_apply_holds() -> None:
