@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from coding import Table, decode, encode, size_for_bits
-from peers import PeerVQ
+from peer_quantizers import PeerVQ
 from picture_sets import PictureSet, emoji, photographs, subset
 from PIL import Image
 from runner import Benchmark, Figures, Measure, Target, main
