@@ -20,6 +20,7 @@ from workflows.config import DataSettings
 from workflows.data.batches import ImageTable, cache_folder
 from workflows.data.pictures import prepare
 from workflows.data.sources import BUNDLED, EMOJI
+from workflows.data.splits import SPLITS
 
 Array = np.ndarray[Any, Any]
 
@@ -36,11 +37,27 @@ class PictureSet:
 
 def emoji(side: int) -> PictureSet:
     """The bundled emoji at (side, side) pixels; held out are the validation and the test split."""
-    columns = [EMOJI.split, EMOJI.group, EMOJI.label]
-    split, groups, labels = (_column(BUNDLED, str(name)) for name in columns)
-    pictures = _table(BUNDLED, side, groups, labels)
+    pictures, split = _emoji(side)
     trains = split == "train"
     return PictureSet(subset(pictures, trains), subset(pictures, ~trains))
+
+
+def emoji_splits(side: int) -> dict[str, ImageTable]:
+    """The bundled emoji at (side, side) pixels, by split: train, val and test."""
+    pictures, split = _emoji(side)
+    return {name: subset(pictures, split == name) for name in SPLITS}
+
+
+def emoji_classes() -> tuple[str, ...]:
+    """The names of the classes, in the order of their numbers."""
+    return tuple(np.unique(_column(BUNDLED, str(EMOJI.label))).tolist())
+
+
+def _emoji(side: int) -> tuple[ImageTable, Array]:
+    """All pictures, and the split of each."""
+    columns = [EMOJI.split, EMOJI.group, EMOJI.label]
+    split, groups, labels = (_column(BUNDLED, str(name)) for name in columns)
+    return _table(BUNDLED, side, groups, labels), split
 
 
 def photographs(path: Path, side: int, fold: int) -> PictureSet:

@@ -82,6 +82,8 @@ class Benchmark:
     with_photographs: Callable[[Path], Mapping[str, Measure]] | None = None
     """Further parts, for photographs in the parquet file that `--photos` names; without the option their targets are
     missing."""
+    of_root: Callable[[Path], Mapping[str, Measure]] | None = None
+    """The same parts of the trained models that `--root` names, in place of those that the script finds or trains."""
 
 
 # ---- the result ----
@@ -261,8 +263,15 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="forget what was prepared and measured before")
     if benchmark.with_photographs:
         parser.add_argument("--photos", type=Path, metavar="PATH", help="parquet file of photographs: image, photo")
+    if benchmark.of_root:
+        parser.add_argument("--root", type=Path, metavar="PATH", help="a finished run's root: its models are measured")
     options = parser.parse_args(arguments)
     photos: Path | None = getattr(options, "photos", None)
+    root: Path | None = getattr(options, "root", None)
+    if benchmark.of_root and root:
+        if not (root / "prior" / "manifest.json").is_file():
+            parser.error(f"--root must be a folder with a trained prior: {root}")
+        benchmark = replace(benchmark, parts=benchmark.of_root(root))
     if benchmark.with_photographs and photos:
         if not photos.is_file():
             parser.error(f"--photos must name a parquet file: {photos}")
@@ -273,6 +282,7 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     folder = work_folder(benchmark.name)
     described = machine()
     given = f"{options.quick} {options.seed} {photos and (photos.resolve(), photos.stat().st_size)}"
+    given += f" {root.resolve()} {(root / 'prior' / 'manifest.json').read_text()}" if root else ""
     key = hashlib.sha256(f"{code_digest()} {described} {given}".encode()).hexdigest()[:16]
     parts = Parts(folder / ("quick" if options.quick else "full"), key)
     if options.quick:
@@ -287,6 +297,7 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     figures = medians(repeats)
     if not options.quick:
         words = [f"--seed {options.seed}"] * bool(options.seed) + ["--photos PATH"] * bool(photos)
+        words += ["--root PATH"] * bool(root)
         command = " ".join([f"python tests/benchmarks/{benchmark.name}.py", *words])
         facts = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": described, "command": f"`{command}`"}
         facts["repeats"] = str(len(repeats))

@@ -1,0 +1,115 @@
+"""KID over the number of steps, for every sampler of both kinds of noise.
+
+The prior of noise on codes is a root's own (`--root`, else that of `runs/tiny`, else one trained here). The one of
+Gaussian noise is trained here on the latents of the same tokenizer, with the same settings and as many images; it is
+kept. Everything that has been drawn is kept, too: an interruption costs a few hundred pictures.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from drawn import Jury, Material, drawing, drawn_features, kept_model, requests, root_digest, trained
+from gate_power import trained_root
+from runner import Benchmark, Figures, Measure, Target, main, work_folder
+
+from hvqd_model import HierarchicalPrior, load_model
+from workflows.config import SamplingSettings
+
+STEPS, QUICK_STEPS = (4, 8, 16, 32, 64, 128), (4, 16)
+PICTURES, QUICK_PICTURES = 2_000, 24
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "discrete": ("confidence", "ancestral", "purity"),
+    "gaussian": ("ddpm", "ddim", "dpm-solver++", "heun"),
+}
+SETTINGS = {"discrete": "sampler", "gaussian": "gaussian_sampler"}
+"""The setting that names a sampler of the family."""
+
+
+def curves(
+    family: str,
+    material: Material,
+    prior: HierarchicalPrior,
+    jury: Jury,
+    folder: Path,
+    sampling: SamplingSettings,
+    steps: tuple[int, ...],
+    pictures: int,
+) -> Figures:
+    """kid_SAMPLER_STEPS and its standard error, and the family's best KID at 16 steps over its best at the most.
+
+    Args:
+        folder: of what has been drawn.
+    """
+    seeds, asked = requests(material.class_rows, pictures, "steps")
+    figures: Figures = {}
+    best = {}
+    for count in steps:  # all samplers at few steps first: those say most
+        for sampler in SAMPLERS[family]:
+            settings = sampling.model_copy(update={"steps": count, SETTINGS[family]: sampler})
+            draw = drawing(material.vq, prior, settings)
+            features, _ = drawn_features(folder / f"{sampler}-{count}", jury, seeds, asked, draw)
+            value, error = jury.kid(features)
+            figures |= {f"kid_{sampler}_{count}": value, f"kid_error_{sampler}_{count}": error}
+            best[count] = min(value, best.get(count, value))
+    figures[f"{family}_16_to_{steps[-1]}"] = best[16] / best[steps[-1]]
+    return figures
+
+
+def measure(family: str, quick: bool, seed: int, root: Path | None = None) -> Figures:
+    """One family's curves; quickly, of models that have hardly learned anything."""
+    if quick:
+        return quick_curves(family)
+    root = root or trained_root()
+    material, digest = Material.of_root(root), root_digest(root)[:12]
+    folder = work_folder("steps") / digest
+    folder.mkdir(exist_ok=True)
+    if family == "discrete":
+        prior = load_model(root / "prior" / "model")
+        assert isinstance(prior, HierarchicalPrior)
+    else:
+        trial = partial(material.trial, ("noise", "gaussian"))
+        images = material.config.prior.train.images
+        prior = kept_model(folder / "gaussian", HierarchicalPrior, lambda: trained(trial(), images))
+    jury = Jury(material.train, material.judged, len(material.classes))
+    return curves(family, material, prior, jury, folder, material.config.sampling, STEPS, PICTURES)
+
+
+def quick_curves(family: str) -> Figures:
+    """The same of a tokenizer and a prior of a few steps."""
+    material = Material.hardly_trained()
+    changes = [("noise", "gaussian")] if family == "gaussian" else []
+    prior = trained(material.trial(*changes), 64)
+    folder = work_folder("steps") / f"quick-{family}"
+    shutil.rmtree(folder, ignore_errors=True)
+    jury = Jury(material.train, material.judged, len(material.classes))
+    sampling = material.config.sampling.model_copy(update={"batch": QUICK_PICTURES})
+    return curves(family, material, prior, jury, folder, sampling, QUICK_STEPS, QUICK_PICTURES)
+
+
+def parts(root: Path | None = None) -> Mapping[str, Measure]:
+    """A part for each kind of noise."""
+    return {family: partial(measure, family, root=root) for family in SAMPLERS}
+
+
+BENCHMARK = Benchmark(
+    name="steps",
+    what=(
+        "KID of 2,000 pictures (classes as often as in the data, the preset's guidance) against the test pictures, at "
+        "4 to 128 steps of each sampler, and its standard error over concepts and samples. The prior of noise on codes "
+        "is a run's of `tiny`; that of Gaussian noise was trained on the latents of the same tokenizer with the same "
+        "settings and as many images. Heun asks the network twice a step. `16_to_128` compares the lowest KID of any "
+        "sampler at 16 steps with the lowest of any at 128."
+    ),
+    parts=parts(),
+    repeats=1,
+    targets=tuple(Target(f"{family}_16_to_128", "<=", 1.1) for family in SAMPLERS),
+    of_root=parts,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCHMARK))
