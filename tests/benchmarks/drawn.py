@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from picture_sets import emoji_classes, emoji_splits, subset
 from runner import Figures
-from trials import PriorTrial, configured, encoded, run, tokenizer_trial
+from trials import PriorTrial, configured, run, tokenizer_trial
 
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, PriorConfig, load_model, metrics, save_model
 from hvqd_model.prior.latents import LatentStatistics
@@ -79,15 +79,11 @@ class Material:
         """Training pictures of each class."""
         return tuple(np.bincount(self.train.labels[self.train.labels >= 0], minlength=len(self.classes)).tolist())
 
-    def codes(self) -> CodeTable:
-        """The training pictures' codes, with their classes."""
-        return replace(encoded(self.vq, self.train), labels=self.train.labels)
-
-    def latents(self) -> CodeTable:
-        """The same, with the latents behind the codes."""
-        codes, latents = encode_latents(self.vq, self.train.images)
-        kept = tuple(level.astype(np.float16) for level in latents)
-        return replace(self.codes(), codes=tuple(codes), latents=kept)
+    def coded(self, pictures: ImageTable, *, with_latents: bool = False) -> CodeTable:
+        """Pictures' codes and classes, and the latents behind the codes where they are wanted."""
+        codes, latents = encode_latents(self.vq, pictures.images)
+        kept = tuple(level.astype(np.float16) for level in latents) if with_latents else ()
+        return CodeTable(pictures.ids, pictures.labels, pictures.styles, pictures.groups, tuple(codes), latents=kept)
 
     def trial(self, *changes: tuple[str, Any], seed: int = 0) -> PriorTrial:
         """A fresh prior for the classes and these codes, as the configuration has it but for some of its settings."""
@@ -99,7 +95,7 @@ class Material:
             code_dim=self.vq.config.code_dims,
             classes=self.classes,
         )
-        table = self.latents() if settings.noise == "gaussian" else self.codes()
+        table = self.coded(self.train, with_latents=settings.noise == "gaussian")
         torch.manual_seed(derive_key(seed, "prior", "weights"))
         prior = HierarchicalPrior(architecture, self.vq.codebooks, statistics_of(table))
         return PriorTrial(prior, self.config.prior.train, seed, "fp32", table, table)
@@ -113,6 +109,17 @@ def statistics_of(table: CodeTable) -> list[LatentStatistics] | None:
         mean, deviation = (torch.from_numpy(part).float() for part in (rows.mean(0), rows.std(0).clip(1e-6)))
         found.append(LatentStatistics(mean, deviation))
     return found or None
+
+
+@torch.no_grad()
+def bits_an_image(prior: HierarchicalPrior, table: CodeTable, draws: int = 4) -> float:
+    """The mean bound on the length of a picture's codes."""
+    total = 0.0
+    for first in range(0, len(table), AT_ONCE):
+        rows = np.arange(first, min(first + AT_ONCE, len(table)))
+        keys = torch.tensor([derive_key("bits", int(row)) for row in rows])
+        total += float(torch.stack(prior.bits(table.batch(rows), table.conditions(rows), keys, draws)).sum())
+    return total / len(table)
 
 
 def kept_model(folder: Path, kind: type[Model], make: Callable[[], Model]) -> Model:
@@ -165,6 +172,11 @@ class Jury:
         span = metrics.kid_interval(self._real, other, self._groups, np.arange(len(other)), RESAMPLES, 1234)
         assert span is not None
         return metrics.kid(self._real, other), (span[1] - span[0]) / _WIDTH_95
+
+    def lead(self, ours: NDArray[np.float32], other: NDArray[np.float32]) -> tuple[float, float]:
+        """How much larger the other set's KID is, and the standard error of that, paired over the held-out pictures."""
+        parts = [metrics.kid_parts(self._real, torch.from_numpy(found), self._groups) for found in (other, ours)]
+        return metrics.kid_difference(parts[0], parts[1], RESAMPLES, 1234)
 
     def figures(self, name: str, features: NDArray[np.float32], asked: NDArray[np.int64]) -> Figures:
         """kid, kid_error, recall and class (the share in which the asked class is recognised) of a set."""
