@@ -39,6 +39,13 @@ class Metric(Settings):
     expression: str | None = None
     """Over reported figures, derived quantities and dotted configuration keys."""
 
+    @property
+    def figures(self) -> frozenset[str]:
+        """The names that it is made of."""
+        if self.expression is None:
+            return frozenset({self.name})
+        return frozenset(Expression(self.expression, f"metric {self.name}").names)
+
 
 class Budget(Settings):
     """How much a sweep may cost."""
@@ -51,6 +58,8 @@ class Budget(Settings):
     """Images before a trial can be stopped; null: the whole over the reduction factor squared."""
     reduction_factor: int = Field(2, ge=2)
     """One in so many trials goes on at each rung, for so many times the images."""
+    rung_samples: int = Field(128, ge=2)
+    """Pictures drawn to compare trials before their end, where drawn pictures are what is sought."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

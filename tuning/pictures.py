@@ -1,12 +1,15 @@
-"""The final pictures of a trial, judged on the validation split: the honest score of a tokenizer and a prior together.
+"""The drawn pictures of a trial, judged on the validation split: the honest score of a tokenizer and a prior together.
 
 The figures are those of `hvqd evaluate` (KID and recall on EfficientNet-Lite0's features), with the validation pictures
-in the place of the test pictures, which no search may see.
+in the place of the test pictures, which no search may see. At a rung the pictures are fewer, and drawn from the moving
+average of the weights in the newest checkpoint, while the workers train on.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +18,53 @@ import torch
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, load_model, metrics
 from hvqd_model.randomness import derive_key, uniform
 from infra.errors import InputError
+from infra.storage import Store
+from tuning.space import SearchSpace
 from workflows.artifacts import read_manifest
 from workflows.context import Context
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.features import FeatureExtractor
 from workflows.generate import decode_codes, draw_images, image_grid
 from workflows.sheets import to_png
+from workflows.training.inspection import export_checkpoint, find_checkpoints
 
 SAMPLES = "samples.png"
 """In the trial's folder: the first of its drawn pictures."""
 _MOST_REFERENCE = 2_000
 _SHOWN = 64
+_CHECKPOINT_SECONDS = 60.0
+"""A checkpoint is written right after its evaluation; one that does not come in this time never will."""
+_POLL_SECONDS = 0.2
+
+
+def judge_rung(context: Context, space: SearchSpace, images: int) -> tuple[int, Mapping[str, float]] | None:
+    """(images, figures) of the newest checkpoint once there is one of at least so many images.
+
+    Returns:
+        None when there is none in time, or when it is that of the end, which is judged by more pictures.
+    """
+    name = _awaited_checkpoint(context.root, images)
+    if name is None or name[1] >= space.images:
+        return None
+    with tempfile.TemporaryDirectory(prefix="hvqd-rung-") as folder:
+        target = Path(folder) / "prior"
+        saved = export_checkpoint(context.config, context.root, "prior", name[0], target)
+        prior = load_model(target)
+    assert isinstance(prior, HierarchicalPrior)
+    return saved.images_seen, _judge(context, _tokenizer(context.root), prior, space.budget.rung_samples)
+
+
+def _awaited_checkpoint(root: Store, images: int) -> tuple[str, int] | None:
+    """Name and images of the newest good checkpoint of the prior, when it has at least so many images."""
+    deadline = time.monotonic() + _CHECKPOINT_SECONDS
+    while True:
+        good = (found for found in find_checkpoints(root, "prior") if found.saved is not None)
+        newest = next(good, None)
+        if newest is not None and newest.saved is not None and newest.saved.images_seen >= images:
+            return newest.name, newest.saved.images_seen
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(_POLL_SECONDS)
 
 
 def judge_pictures(context: Context) -> dict[str, float]:
@@ -36,26 +75,26 @@ def judge_pictures(context: Context) -> dict[str, float]:
     Raises:
         InputError: the validation split has fewer than two pictures.
     """
+    with tempfile.TemporaryDirectory(prefix="hvqd-pictures-") as folder:
+        prior = load_model(context.root.child("prior", "model").download_folder(Path(folder)))
+    assert isinstance(prior, HierarchicalPrior)
+    vq = _tokenizer(context.root)
+    figures = _judge(context, vq, prior, context.config.evaluation.samples)
+    reference, codes = _reference(context.root), read_manifest(context.root.child("codes"), "hvqd encode")
+    table = CodeTable.open(context.root.child("codes"), codes, "val")
+    rows = _spread(len(reference))
+    rebuilt = decode_codes(vq, [level[rows] for level in table.codes], context.config.sampling.batch)
+    extract = FeatureExtractor(context.config.evaluation.feature_size)
+    real, again = (torch.from_numpy(extract(pictures)) for pictures in (reference.images[rows], rebuilt))
+    return {**figures, "val_kid_reconstructions": metrics.kid(real, again)}
+
+
+def _judge(context: Context, vq: HierarchicalVQ, prior: HierarchicalPrior, samples: int) -> dict[str, float]:
+    """Figures of so many drawn pictures, of which the first are kept to look at."""
     config, root = context.config, context.root
     torch.set_num_threads(config.compute.threads_per_worker)
-    with tempfile.TemporaryDirectory(prefix="hvqd-pictures-") as folder:
-        models = [
-            load_model(root.child(kind, "model").download_folder(Path(folder) / kind)) for kind in ("vq", "prior")
-        ]
-    vq, prior = models
-    assert isinstance(vq, HierarchicalVQ) and isinstance(prior, HierarchicalPrior)
-    dataset = read_manifest(root.child("dataset"), "hvqd data build")
-    images = ImageTable.open(root.child("dataset"), dataset, "val")
-    codes = CodeTable.open(root.child("codes"), read_manifest(root.child("codes"), "hvqd encode"), "val")
-    count = min(len(images), _MOST_REFERENCE)
-    if count < 2:
-        raise InputError(
-            f"the validation split must have at least 2 pictures to judge drawn ones: {count}\n"
-            "hint: raise data.validation_share, or bring more pictures"
-        )
-    chosen = np.arange(count) * len(images) // count
-    samples, seed = config.evaluation.samples, config.evaluation.seed
-    keys = [derive_key("search sample", seed, index) for index in range(samples)]
+    images = _reference(root)
+    keys = [derive_key("search sample", config.evaluation.seed, index) for index in range(samples)]
     drawn = draw_images(
         vq,
         prior,
@@ -65,15 +104,43 @@ def judge_pictures(context: Context) -> dict[str, float]:
         lambda done, total: context.progress.update(done, total, "pictures drawn"),
     )
     root.write_bytes(SAMPLES, to_png(image_grid(drawn[:_SHOWN], columns=8)))
-    rebuilt = decode_codes(vq, [level[chosen] for level in codes.codes], config.sampling.batch)
     extract = FeatureExtractor(config.evaluation.feature_size)
-    real, new, again = (torch.from_numpy(extract(pictures)) for pictures in (images.images[chosen], drawn, rebuilt))
-    near = metrics.neighbourhood(real, new[:count])
+    rows = _spread(len(images))
+    real, new = (torch.from_numpy(extract(pictures)) for pictures in (images.images[rows], drawn))
+    near = metrics.neighbourhood(real, new[: len(rows)])
     return {
         "val_kid_samples": metrics.kid(real, new),
-        "val_kid_reconstructions": metrics.kid(real, again),
         "val_recall_samples": float(np.mean(np.asarray(near.recall, dtype=np.float64))),
     }
+
+
+def _tokenizer(root: Store) -> HierarchicalVQ:
+    with tempfile.TemporaryDirectory(prefix="hvqd-pictures-") as folder:
+        vq = load_model(root.child("vq", "model").download_folder(Path(folder)))
+    assert isinstance(vq, HierarchicalVQ)
+    return vq
+
+
+def _reference(root: Store) -> ImageTable:
+    """The validation pictures.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
+    dataset = read_manifest(root.child("dataset"), "hvqd data build")
+    images = ImageTable.open(root.child("dataset"), dataset, "val")
+    if len(images) < 2:
+        raise InputError(
+            f"the validation split must have at least 2 pictures to judge drawn ones: {len(images)}\n"
+            "hint: raise data.validation_share, or bring more pictures"
+        )
+    return images
+
+
+def _spread(rows: int) -> np.ndarray:
+    """At most `_MOST_REFERENCE` rows, evenly over all."""
+    count = min(rows, _MOST_REFERENCE)
+    return np.arange(count) * rows // count
 
 
 def _labels(images: ImageTable, keys: list[int], *, known: bool) -> list[int]:

@@ -1,6 +1,7 @@
 """Which figures each job reports to the search, so that a space that asks for another one is refused at once.
 
-The figures of stages 1 and 2 are those of their evaluations on the validation split; `joint` adds the final pictures.
+The figures of stages 1 and 2 are those of their evaluations on the validation split; where a space asks for pictures,
+the prior's newest checkpoint draws some at each rung, and the finished prior in the end.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ _PRIOR = {
     "val_bits_total": "bits of an image's codes under the prior (upper bound)",
     "val_bits_N": "bits a code of level N",
 }
-_PICTURES = {
+PICTURE_FIGURES = {
     "val_kid_samples": "KID of drawn pictures against validation pictures",
     "val_kid_reconstructions": "KID of reconstructions, the tokenizer's ceiling",
     "val_recall_samples": "recall of drawn pictures",
 }
 REPORTED: Mapping[Job, Mapping[str, str]] = {
     "vq": _VQ,
-    "prior": {**_PRIOR, **_PICTURES},
-    "joint": {**_VQ, **_PRIOR, **_PICTURES},
+    "prior": {**_PRIOR, **PICTURE_FIGURES},
+    "joint": {**_VQ, **_PRIOR, **PICTURE_FIGURES},
 }
 """Job -> figure -> meaning; N is a number."""
 

@@ -24,13 +24,14 @@ from tuning.constraints import Expression, NotDrawn
 from tuning.groups import Base, Budget, Metric, check_key, check_metrics, check_names, nearest
 from tuning.parameters import FixedSuggester, Parameter, RandomSuggester, Scalar, Suggester, enumerate_grid
 from tuning.quantities import MEANINGS, MemoryEstimate, Quantities, estimate_memory, explain
-from tuning.reported import Job
+from tuning.reported import PICTURE_FIGURES, Job
 from workflows.config import RunConfig
 from workflows.loading import config_from, dotted_keys
 
 Drawn = dict[str, Any]
 MOST_DRAWS = 1_000
 """Draws after which a space counts as one that nothing satisfies."""
+_NOISE = "prior.model.noise"
 _PLANNED_WEIGHT = 40
 """Of a draw that the planner refused."""
 
@@ -117,6 +118,21 @@ class SearchSpace(Settings):
             found.append(images)
             images *= self.budget.reduction_factor
         return (*found, self.images)
+
+    @property
+    def judges_pictures(self) -> bool:
+        """Whether early stopping asks for drawn pictures: the first metric is made of their figures."""
+        return bool(self.metrics[0].figures & set(PICTURE_FIGURES))
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether a trial may have Gaussian noise though the base has not: its codes need their latents beside them."""
+        if self.job != "prior" or self.resolved_base.prior.model.noise == "gaussian":
+            return False
+        drawn = any(
+            "gaussian" in found.domain for name, found in self.parameters.items() if self.key_of(name) == _NOISE
+        )
+        return drawn or "gaussian" in self.computed.get(_NOISE, "")
 
     def key_of(self, name: str) -> str | None:
         """The configuration key that a parameter sets; None for one that only steers others."""

@@ -28,10 +28,11 @@ from tuning.searcher import Searcher, make_searcher
 from tuning.space import SearchSpace
 from tuning.table import SweepTable
 from tuning.tracking import SweepRuns, params_of, wait
-from tuning.trial import SHARED, Place
+from tuning.trial import Place
 from workflows.config import ComputeSettings
 from workflows.context import Progress
 from workflows.pipeline import Pipeline, artifact, state_of
+from workflows.requests import PARENTS
 from workflows.training.mailbox import Mailbox
 
 FOLDER = "tuning"
@@ -285,16 +286,22 @@ def _prepare(request: SweepRequest, tracker: Tracker, progress: Progress) -> Non
     Raises:
         InputError: the root has it, made with other settings.
     """
-    config = request.space.resolved_base.model_copy(update={"root": request.root.url})
-    for kind in SHARED[request.space.job]:
-        state, _ = state_of(kind, config, request.root)
-        if state == "stale":
+    space, place = request.space, Place(request.root, request.store, request.space)
+    config = space.resolved_base.model_copy(update={"root": request.root.url})
+    for kind, lies in place.shared.items():
+        root = request.root
+        if own := lies.url != artifact(root, kind).url:
+            root = request.store.sharing(**{name: root.child(name) for name in PARENTS[kind]})
+            model = config.prior.model.model_copy(update={"noise": "gaussian"})  # its codes have latents
+            config = config.model_copy(update={"prior": config.prior.model_copy(update={"model": model})})
+        state, _ = state_of(kind, config, root)
+        if state == "stale" and not own:
             raise InputError(
-                f"{artifact(request.root, kind).url} was made with other settings than those of the space\n"
+                f"{lies.url} was made with other settings than those of the space\n"
                 "hint: --config ROOT/config.yaml takes the root's own settings, another --root leaves them alone"
             )
-        if state == "missing":
-            Pipeline(config, request.root, tracker, progress).run_alone(kind)
+        if state != "current":
+            Pipeline(config, root, tracker, progress).run_alone(kind)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import yaml
@@ -18,7 +19,7 @@ from infra.errors import InputError
 from infra.storage import Store
 from tuning.ledger import CONFIGURATION, RECORD, trial_folder
 from tuning.records import TrialRecord
-from tuning.reported import Job
+from tuning.reported import PICTURE_FIGURES, Job
 from tuning.space import SearchSpace
 from workflows.artifacts import Manifest
 from workflows.config import RunConfig
@@ -30,8 +31,10 @@ SHARED: Mapping[Job, tuple[str, ...]] = {
     "prior": ("dataset", "vq", "codes"),
     "joint": ("dataset",),
 }
-"""The artifacts of the root that all trials of a job use."""
+"""The artifacts that all trials of a job use."""
 
+RungJudge = Callable[[int], "tuple[int, Mapping[str, float]] | None"]
+"""Judges pictures of the first state after so many images: (its images, figures); None when there is none to judge."""
 Report = Callable[[int, Mapping[str, float]], None]
 """Called with (images, figures) at each rung; it may end the trial by raising SystemExit."""
 Mail = Callable[[str, Any], None]
@@ -49,10 +52,16 @@ class Place:
     """The sweep's folder."""
     space: SearchSpace
 
+    @property
+    def shared(self) -> Mapping[str, Store]:
+        """Where the artifacts that all trials use lie: on the root, but for codes with the latents that only this sweep
+        needs (those of the root stay what its own prior was trained on)."""
+        own = {"codes": self.store} if self.space.needs_latents else {}
+        return {kind: own.get(kind, self.root).child(kind) for kind in SHARED[self.space.job]}
+
     def trial_root(self, number: int) -> Store:
         """What a trial sees as its root."""
-        shared = {kind: self.root.child(kind) for kind in SHARED[self.space.job]}
-        return trial_folder(self.store, number).sharing(**shared)
+        return trial_folder(self.store, number).sharing(**self.shared)
 
     def configuration(self, number: int) -> RunConfig:
         """The trial's configuration, from its file."""
@@ -69,6 +78,8 @@ class _Watcher:
     mail: Mail
     reported: int
     """Images of the last rung that the search knows."""
+    judge: RungJudge | None = None
+    """Who has pictures drawn at a rung, where they are what is sought."""
     prefix: str = ""
     """Before the names of records that are of a stage the budget does not count."""
     figures: dict[str, float] = field(default_factory=dict)
@@ -92,9 +103,18 @@ class _Watcher:
         found = {name: float(value) for name, value in record.items() if name.startswith("val_")}
         self.figures |= found
         images = int(record["images"])
-        if found and not self.prefix and self.reported < images < self.place.space.images:
-            self.reported = images
-            self.report(images, self.measured())
+        if not found or self.prefix or not self.reported < images < self.place.space.images:
+            return
+        if self.judge is not None:
+            if not any(self.reported < rung <= images for rung in self.place.space.rungs):
+                return  # pictures cost more than the other figures
+            judged = self.judge(images)
+            if judged is None:
+                return
+            images, pictures = judged
+            self.figures |= pictures
+        self.reported = images
+        self.report(images, self.measured())
 
     def measured(self) -> dict[str, float]:
         """Figures and metrics so far; those that are not finite are left out."""
@@ -112,6 +132,10 @@ def run_trial(place: Place, number: int, report: Report, mail: Mail) -> None:
     known = TrialRecord.from_json(trial_folder(place.store, number).read_json(RECORD))
     watcher = _Watcher(place, config, report, mail, known.images)
     context = Context(config, place.trial_root(number), watcher, None, watcher.hear)
+    if place.space.judges_pictures:
+        from tuning.pictures import judge_rung
+
+        watcher.judge = partial(judge_rung, context, place.space)
     match place.space.job:
         case "vq":
             trained = [_train(context, "vq")]
@@ -121,8 +145,7 @@ def run_trial(place: Place, number: int, report: Report, mail: Mail) -> None:
             trained = _train_both(context, watcher)
     for manifest in trained:
         watcher.figures |= {name: value for name, value in manifest.facts.items() if name.startswith("val_")}
-    asked = _asked(place.space)
-    if any(name.startswith(_PICTURES) for name in asked):
+    if any(metric.figures & set(PICTURE_FIGURES) for metric in place.space.metrics):
         from tuning.pictures import judge_pictures
 
         watcher.figures |= judge_pictures(context)
@@ -135,19 +158,6 @@ def run_trial(place: Place, number: int, report: Report, mail: Mail) -> None:
             "hint: see whether its codebooks ever started, and whether a figure is not finite"
         )
     report(place.space.images, measured)
-
-
-_PICTURES = ("val_kid_", "val_recall_")
-
-
-def _asked(space: SearchSpace) -> set[str]:
-    """The figures that the space's metrics are made of."""
-    from tuning.constraints import Expression
-
-    names: set[str] = set()
-    for metric in space.metrics:
-        names |= {metric.name} if metric.expression is None else Expression(metric.expression, metric.name).names
-    return names
 
 
 def _train(context: Context, stage: str) -> Manifest:

@@ -21,6 +21,8 @@ from tuning.space import SearchSpace
 from tuning.trial import Place, _Watcher
 
 CONTINUE, STOP = "CONTINUE", "STOP"
+PRIOR = {"preset": "integration"}
+ONE = {"prior.model.stagger": {"uniform": [0.0, 1.0]}}
 
 
 def with_trials(folder: Path, curves: list[list[float]]) -> Ledger:
@@ -175,6 +177,33 @@ def test_a_stage_that_the_budget_does_not_count_makes_no_rungs(tmp_path: Path) -
     heard.hear({"images": 160, PSNR: 15.0})
     assert reports == [] and mails == [("record", {"vq_images": 160, f"vq_{PSNR}": 15.0})]
     assert heard.measured() == {PSNR: 15.0}
+
+
+def test_pictures_are_judged_at_rungs_alone_and_reported_for_the_state_that_drew_them(tmp_path: Path) -> None:
+    metrics = [{"name": "val_kid_samples", "direction": "min"}]
+    heard, reports, _ = watcher(tmp_path, base=PRIOR, job="prior", parameters=ONE, constraints=[], metrics=metrics)
+    asked: list[int] = []
+
+    def judge(images: int) -> tuple[int, dict[str, float]] | None:
+        asked.append(images)
+        return None if images > 300 else (images + 20, {"val_kid_samples": 3.0})
+
+    heard.judge = judge
+    for images in (80, 160, 240, 320, 480):
+        heard.hear({"images": images, "val_bits_total": 500.0 - images})
+    assert asked == [160, 320, 480]  # the rung of 320 waits for a state that can be judged
+    assert reports == [(180, {"val_bits_total": 340.0, "val_kid_samples": 3.0})]
+
+
+def test_codes_with_latents_lie_in_the_sweep_where_a_trial_may_ask_for_them(tmp_path: Path) -> None:
+    metrics = [{"name": "val_kid_samples", "direction": "min"}]
+    same = {"base": PRIOR, "job": "prior", "constraints": [], "metrics": metrics}
+    noises = {"prior.model.noise": {"choice": ["absorbing", "gaussian"]}}
+    mixed, _, _ = watcher(tmp_path, **same, parameters=noises)
+    plain, _, _ = watcher(tmp_path, **same, parameters=ONE)
+    assert mixed.place.shared["codes"].url == f"{tmp_path}/tuning/x/codes"
+    assert mixed.place.shared["vq"].url == plain.place.shared["vq"].url == f"{tmp_path}/vq"
+    assert plain.place.shared["codes"].url == f"{tmp_path}/codes"
 
 
 def test_metrics_are_worked_out_from_figures_and_settings_and_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
