@@ -5,6 +5,7 @@ A local cluster is always a new one: a bare `ray.init` would attach to any clust
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -12,24 +13,28 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from infra.errors import EnvironmentFailure, InputError
 from infra.quiet import switch_off_telemetry
+from infra.versions import differences, versions
 
 _ANSWER_SECONDS = 10.0
+_VERSIONS_SECONDS = 60.0
 _OBJECT_STORE_BYTES = 1 << 30
 
 
-def connect(address: str | None, cpus: int) -> None:
+def connect(address: str | None, cpus: int, *, compare_versions: bool = True) -> None:
     """Attach to the cluster at `address`, or start a local one; nothing happens when this process has one.
 
     Args:
         address: host:port, ray://host:port, `auto`, or None for a local cluster.
         cpus: how many CPUs the job's workers ask for. A local cluster offers at least that many, whatever the
             machine has, so that two workers also run on one core.
+        compare_versions: whether every node of an existing cluster must have this process's versions.
 
     Raises:
-        EnvironmentFailure: no cluster answers at the address.
+        EnvironmentFailure: no cluster answers at the address, or a node of it has other versions.
         InputError: the cluster has fewer CPUs than the job asks for.
     """
     switch_off_telemetry()
@@ -59,6 +64,61 @@ def connect(address: str | None, cpus: int) -> None:
         raise InputError(
             f"the cluster at {address} has {offered} CPUs, the job's workers ask for {cpus}\n"
             f"hint: compute.workers x compute.threads_per_worker must be at most {offered}"
+        )
+    if compare_versions:
+        try:
+            _compare_versions()
+        except EnvironmentFailure:
+            ray.shutdown()
+            raise
+
+
+def on_every_node(function: Callable[..., Any], arguments: Callable[[str], tuple[Any, ...]]) -> dict[str, Any]:
+    """A task of this function on every living node, without CPUs of its own, by the node's address.
+
+    Args:
+        arguments: of the task, from the node's address.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote = ray.remote(num_cpus=0)(function)
+    tasks = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            address, place = str(node["NodeManagerAddress"]), NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            options = remote.options(scheduling_strategy=place, max_retries=0)
+            tasks[address] = options.remote(*arguments(address))
+    return tasks
+
+
+def _compare_versions() -> None:
+    """Whether every node has this process's versions; one that does not answer in time is left to what follows.
+
+    The processes that answer stay, and do the job's first work.
+    """
+    import ray
+
+    here, tasks = versions(), on_every_node(versions, lambda _: ())
+    ready, _ = ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=_VERSIONS_SECONDS)
+    found = []
+    for address, task in tasks.items():
+        if task not in ready:
+            logging.getLogger(__name__).warning("%s did not tell its versions in time", address)
+            continue
+        try:
+            others = differences(here, ray.get(task))
+        except ray.exceptions.RayError as error:
+            raise EnvironmentFailure(
+                f"the node {address} cannot run a task: {' '.join(str(error).split())[-300:]}\n"
+                "hint: see its logs in /tmp/ray/session_latest/logs; the versions of its packages may differ"
+            ) from error
+        if others:
+            found.append(f"{address} has {', '.join(others)}")
+    if found:
+        raise EnvironmentFailure(
+            f"nodes have other versions than the driver on {ray.util.get_node_ip_address()}: {'; '.join(found)}\n"
+            "hint: install the same lock everywhere, ship the code (ship_code), or use one image"
         )
 
 

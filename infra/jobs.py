@@ -34,6 +34,7 @@ class Submission:
     """Words after `hvqd`: the command with all its options."""
     root: str
     workers: int
+    """The fewest that it starts with."""
     cpus_per_worker: int
     gpus_per_worker: int
     preflight: bool = True

@@ -14,12 +14,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -40,6 +41,7 @@ from infra.targets import RayTarget
 CODE = ("hvqd_model", "infra", "workflows", "tuning", "pyproject.toml", "constraints.txt")
 """What travels: the packages and the lock."""
 PREFIX = "hvqd-"
+Answer = TypeVar("Answer")
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.5
@@ -67,7 +69,8 @@ class RayLauncher:
         return [Document(f"POST {self.target.address}/api/jobs/", yaml.safe_dump(request, sort_keys=False))]
 
     def check(self, submission: Submission) -> None:
-        """Whether the cluster answers, takes the token, and is large enough."""
+        """Whether the cluster answers, takes the token, runs this Ray where code travels, and is large enough."""
+        self._check_ray()
         cpus, gpus = 0.0, 0.0
         nodes = self._nodes()
         for node in nodes:
@@ -75,17 +78,39 @@ class RayLauncher:
             gpus += node.get("GPU", 0.0)
         check_resources(submission, cpus, gpus, f"the cluster at {self.target.address} ({len(nodes)} nodes)")
 
+    def _check_ray(self) -> None:
+        """Ray's version there and here; the other packages are compared when the job starts, on every node."""
+        there, here = self._ask("/api/version", lambda value: str(value["ray_version"])), metadata.version("ray")
+        if self.target.ship_code and there != here:
+            raise InputError(
+                f"the cluster at {self.target.address} runs ray {there}, this machine has ray {here}\n"
+                "hint: install the same lock on both, or set ship_code: false to run the hvqd that is installed there"
+            )
+
     def _nodes(self) -> list[dict[str, float]]:
         """Resources of the nodes that are alive."""
-        self._check_answers()
-        request = urllib.request.Request(
-            f"{self.target.address}/api/v0/nodes?detail=1&limit=10000", headers=self._headers()
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-                value = json.load(response)
+
+        def alive(value: Any) -> list[dict[str, float]]:
             rows: list[dict[str, Any]] = value["data"]["result"]["result"]
             return [row["resources_total"] for row in rows if row["state"] == "ALIVE"]
+
+        return self._ask("/api/v0/nodes?detail=1&limit=10000", alive)
+
+    def _ask(self, path: str, read: Callable[[Any], Answer]) -> Answer:
+        """What the dashboard says, within seconds: Ray's own client would wait for it without end.
+
+        Args:
+            read: takes what is wanted out of the JSON value.
+
+        Raises:
+            InputError: the token is missing or refused.
+            EnvironmentFailure: nobody answers, or not as a Ray dashboard does.
+        """
+        self._check_answers()
+        request = urllib.request.Request(f"{self.target.address}{path}", headers=self._headers())
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
+                return read(json.load(response))
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
                 raise self._refused(f"HTTP {error.code}") from error
@@ -218,7 +243,7 @@ class RayLauncher:
 
     def _client(self) -> Any:
         headers = self._headers()
-        self._check_answers()
+        self._ask("/api/version", lambda value: value["ray_version"])
         from ray.job_submission import JobSubmissionClient
 
         with self._explained():

@@ -452,6 +452,11 @@ class RunConfig(Settings):
         return [workers for workers in allowed if train.global_batch % (train.micro_batch * workers) == 0]
 
     @property
+    def fewest_workers(self) -> int:
+        """The smallest number of workers that both stages can start with."""
+        return max(self.workers_for(train)[0] for train in (self.vq.train, self.prior.train))
+
+    @property
     def vq_config(self) -> VQConfig:
         """The tokenizer's complete configuration."""
         return VQConfig(**self.vq.model.model_dump(), image_size=self.data.image_size)

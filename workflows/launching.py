@@ -56,7 +56,7 @@ def submission_for(
         name=job_name(verb, root) if name is None else _checked_name(name),
         command=(*verb, *rest, *options),
         root=root,
-        workers=compute.most_workers,
+        workers=config.fewest_workers,
         cpus_per_worker=compute.threads_per_worker,
         gpus_per_worker=compute.gpus_per_worker,
         preflight=preflight,

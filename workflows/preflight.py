@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from infra.cluster import connect, on_every_node
 from infra.errors import EnvironmentFailure, InputError
 from infra.preflight import (
     GIB,
@@ -42,6 +43,7 @@ from workflows.config import RunConfig
 from workflows.context import Progress
 from workflows.model_walk import STAGES, Pictures, StageName
 from workflows.planner import Plan, StagePlan, estimate
+from workflows.training.elastic import bundle, could_hold
 
 _LOOK_SECONDS = 90.0
 _MEET_SECONDS = 20.0
@@ -57,16 +59,22 @@ def run_preflight(config: RunConfig, expected: Mapping[str, str], progress: Prog
     Args:
         expected: versions where the job was launched; empty to compare the nodes with the driver alone.
     """
-    from infra.cluster import connect
-
     compute = config.compute
-    plan = estimate(config, advise=False, pictures=Pictures(0, 1))
     findings = [*_tracker(config)]
+    fewest = config.fewest_workers if compute.address is not None else compute.most_workers
     try:
-        connect(compute.address, compute.most_workers * compute.threads_per_worker)
+        # Versions are a finding here, with its node, and no reason to look no further.
+        connect(compute.address, fewest * compute.threads_per_worker, compare_versions=False)
     except (EnvironmentFailure, InputError) as error:
         first, _, rest = str(error).partition("\n")
         return [*findings, Finding("cluster", "driver", "fail", first, rest.removeprefix("hint: "))]
+    workers = _workers_with_room(config)
+    if workers is None:
+        asked = ", ".join(f"{amount:g} {name}" for name, amount in bundle(compute).items())
+        text = f"the cluster's nodes have no room for {config.fewest_workers} workers of {asked} each"
+        return [*findings, Finding("workers", "all workers", "fail", text, "add nodes, or ask for less in compute")]
+    config = config.model_copy(update={"compute": compute.model_copy(update={"workers": workers})})
+    plan = estimate(config, advise=False, pictures=Pictures(0, 1))
     progress.say("looking at every node")
     nodes, found = _nodes(config, plan, expected)
     findings += found
@@ -74,6 +82,15 @@ def run_preflight(config: RunConfig, expected: Mapping[str, str], progress: Prog
         return findings  # what differs there would fail in stranger words below
     progress.say("trying the workers")
     return [*findings, *_workers(config, plan, {facts.node: facts.host for facts in nodes})]
+
+
+def _workers_with_room(config: RunConfig) -> int | None:
+    """The number of workers that the job would start with on the cluster, were it empty; None where it is too small."""
+    import ray
+
+    possible = could_hold(ray.nodes(), bundle(config.compute))
+    both = set(config.workers_for(config.vq.train)) & set(config.workers_for(config.prior.train))
+    return max((count for count in both or {config.fewest_workers} if count <= possible), default=None)
 
 
 # ---- the driver ----
@@ -100,19 +117,12 @@ def _tracker(config: RunConfig) -> list[Finding]:
 
 def _nodes(config: RunConfig, plan: Plan, expected: Mapping[str, str]) -> tuple[list[NodeFacts], list[Finding]]:
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from infra.versions import versions
 
-    run = uuid.uuid4().hex[:12]
+    root, run, before = open_store(config.root).url, uuid.uuid4().hex[:12], time.time()
     findings: list[Finding] = []
-    tasks, before = {}, time.time()
-    for node in ray.nodes():
-        if node["Alive"]:
-            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            address = str(node["NodeManagerAddress"])
-            task = ray.remote(num_cpus=0)(look).options(scheduling_strategy=place, max_retries=0)
-            tasks[address] = task.remote(address, open_store(config.root).url, run)
+    tasks = on_every_node(look, lambda address: (address, root, run))
     ready, _ = ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=_LOOK_SECONDS)
     after, nodes = time.time(), []
     for address, task in tasks.items():

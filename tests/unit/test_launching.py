@@ -140,6 +140,14 @@ def test_forwarded_values_are_taken_here_and_not_shown_by_the_submission(monkeyp
     assert "hunter2" not in repr(found)
 
 
+def test_an_elastic_job_asks_for_the_workers_that_it_starts_with_at_least() -> None:
+    elastic = submitted("run", overrides=["compute.workers={min: 1, max: 8}"])
+    assert elastic.workers == 1
+    check_resources(elastic, 1, 0, "a small cluster")
+    batches = [f"{stage}.train.{size}" for stage in ("vq", "prior") for size in ("global_batch=64", "micro_batch=32")]
+    assert submitted("run", overrides=["compute.workers={min: 2, max: 8}", *batches]).workers == 2
+
+
 # ---- bad input ----
 
 
@@ -310,6 +318,31 @@ def test_what_is_no_ray_dashboard_is_named_in_two_lines(reply: bytes) -> None:
         launcher_for(RayTarget(kind="ray", address=address)).check(small())
 
 
+def version_of(ray: str) -> str:
+    return f'{{"version": "4", "ray_version": "{ray}"}}'
+
+
+def test_another_version_of_ray_is_an_error_that_names_both_unless_the_clusters_own_hvqd_runs() -> None:
+    with answering(lambda _: http_reply("200 OK", version_of("1.0.0"))) as address:
+        target = RayTarget(kind="ray", address=address)
+        here = versions()["ray"]
+        with pytest.raises(InputError, match=rf"runs ray 1\.0\.0, this machine has ray {here}\nhint: install the same"):
+            launcher_for(target).check(small())
+        own = target.model_copy(update={"ship_code": False})
+        with pytest.raises(EnvironmentFailure, match="is no Ray dashboard with the State API"):
+            launcher_for(own).check(small())  # this server has no nodes to tell of
+
+
+def test_a_cluster_that_takes_the_connection_and_says_nothing_is_an_error_within_seconds() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        launcher = launcher_for(RayTarget(kind="ray", address=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        for ask in (lambda: launcher.check(small()), launcher.jobs, lambda: launcher.stop("hvqd-x")):
+            started = time.monotonic()
+            with pytest.raises(EnvironmentFailure, match=r"what answers at http.* timed out\nhint: "):
+                ask()
+            assert time.monotonic() - started < 10
+
+
 def test_nodes_that_are_alive_count_and_the_token_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "right")
     rows = (
@@ -318,7 +351,9 @@ def test_nodes_that_are_alive_count_and_the_token_is_sent(monkeypatch: pytest.Mo
     )
 
     def reply(asked: str) -> bytes:
-        return http_reply("200 OK", rows) if "Authorization: Bearer right\r\n" in asked else http_reply("403 Forbidden")
+        if "Authorization: Bearer right\r\n" not in asked:
+            return http_reply("403 Forbidden")
+        return http_reply("200 OK", version_of(versions()["ray"]) if "GET /api/version " in asked else rows)
 
     with answering(reply) as address:
         target = RayTarget(kind="ray", address=address, token_variable="MY_TOKEN")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from infra.cluster import connect
+from infra.cluster import connect, offered
 from infra.errors import EnvironmentFailure, InputError
 from workflows.config import ComputeSettings
 
@@ -85,8 +85,11 @@ def _until_failure(
     make: Callable[[], UnitWorker], units: list[Any], compute: ComputeSettings, on_gpus: bool
 ) -> Generator[Summary, None, Exception | None]:
     """The summaries up to the first failure, which is returned."""
-    available = compute.most_workers * compute.threads_per_worker
-    connect(compute.address, available)
+    fewest = compute.least_workers if compute.address is not None else compute.most_workers
+    connect(compute.address, fewest * compute.threads_per_worker)
+    # An elastic job may find less than it would take at most; actors without a place would be waited for.
+    cpus = min(compute.most_workers * compute.threads_per_worker, int(offered().get("CPU", 1)))
+    gpus = min(compute.most_workers, int(offered().get("GPU", 0)))
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -101,7 +104,7 @@ def _until_failure(
         zero_copy_batch=False,
         num_cpus=1,
         num_gpus=1 if on_gpus else 0,
-        compute=ray.data.ActorPoolStrategy(size=min(len(units), compute.most_workers if on_gpus else available)),
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(len(units), gpus if on_gpus else cpus))),
     )
     # Answers are small: nothing is fetched ahead, in a thread that may outlive what it fetches for.
     for batch in results.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
