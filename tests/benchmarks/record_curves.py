@@ -1,6 +1,6 @@
 """Trains every configuration of a small grid and keeps its learning curves: the table that simulated sweeps replay.
 
-    python tests/benchmarks/record_curves.py
+    PYTHONPATH=. python tests/benchmarks/record_curves.py
 
 The grid is `recorded/tokenizers.yaml`; each of its configurations is trained by the product's loop with the plain
 engine, one thread, seed 0, and judged on held-out pictures at each rung. The result is `recorded/tokenizers.json.gz`.

@@ -106,7 +106,7 @@ BENCHMARK = Benchmark(
         f"TPE against random draws on the recorded grid of small tokenizers: {_SEEDS} simulated sweeps of {TRIALS} "
         "trials each, one trial at a time. The regret of a sweep is how far its best cost lies above the grid's "
         "(relative); a gain is the regret of random draws less that of TPE with the same seed, its mean with a 95 % "
-        "interval over sweeps. The table comes from `python tests/benchmarks/record_curves.py`."
+        "interval over sweeps. The table comes from `PYTHONPATH=. python tests/benchmarks/record_curves.py`."
     ),
     parts={"searchers": _searchers},
     targets=(Target("mean_gain_low", ">=", 0),),

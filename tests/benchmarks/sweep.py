@@ -37,7 +37,7 @@ def _sweep(quick: bool, seed: int) -> Figures:
 BENCHMARK = Benchmark(
     name="sweep",
     what=(
-        "`hvqd tune vq` (TPE and ASHA, 12 trials of up to 16,000 images, emoji at 32 x 32, two workers a trial) "
+        "`hvqd tune vq` (TPE and ASHA, 12 trials of up to 14,400 images, emoji at 32 x 32, two workers a trial) "
         f"against the median of {_RANDOM} random configurations of the same space at full budget. The cost is judged "
         "on the validation split: 10^(-PSNR/10), the pictures' geometric mean squared error, plus 0.004 times the "
         "bits a pixel of the codes."
