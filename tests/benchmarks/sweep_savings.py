@@ -42,10 +42,10 @@ def _space(folder: Path) -> str:
 BENCHMARK = Benchmark(
     name="sweep_savings",
     what=(
-        "Sixteen random configurations of small tokenizers (`recorded/tokenizers.yaml`, emoji at 16 x 16, 3,600 images "
+        "Sixteen random configurations of small tokenizers (`recorded/tokenizers.yaml`, 16 x 16 pixels, 3,600 images "
         "each, two trials at once), all trained to the end, and the same ones under ASHA with the ready spaces' shape "
-        "(compared after a ninth and a third, one in three goes on): how much worse the best of those that ended whole is, "
-        "and the images that it took. A trial's figures depend on neither."
+        "(compared after a ninth and a third, one in three goes on): how much worse the best of those that ended whole "
+        "is, and the images that it took. A trial's figures depend on neither."
     ),
     parts={"savings": _savings},
     targets=(Target("image_share", "<=", 0.45), Target("cost_above_best", "<=", 0.02)),
