@@ -103,7 +103,7 @@ class VQArchitecture(Settings):
     """Whether codes and features live on the unit sphere (not for quantizer fsq, whose grid is fixed)."""
     commitment: float = Field(0.25, ge=0)
     """Weight beta of |z - sg(e)|^2."""
-    codebook_decay: float = Field(0.99, gt=0, lt=1)
+    codebook_decay: float = Field(0.97, gt=0, lt=1)
     """Decay g of the EMA codebook, once an optimizer step."""
     restart_threshold: float = Field(0.05, ge=0)
     """A code used less than this share of the expected use is restarted; 0 never restarts."""
