@@ -15,7 +15,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,11 @@ def hold(store: Store, what: str, *, seconds: float = 60.0, patience_seconds: fl
     try:
         yield lease
     finally:
-        store.write_json(_name(lease.number), {"released": True, "token": lease.token})
-        for number in _numbers(store):  # the newest stays, so that numbers never repeat
-            if number < lease.number:
-                store.delete(_name(number))
+        with suppress(EnvironmentFailure):  # what was done under it is done; without a release it runs out
+            store.write_json(_name(lease.number), {"released": True, "token": lease.token})
+            for number in _numbers(store):  # the newest stays, so that numbers never repeat
+                if number < lease.number:
+                    store.delete(_name(number))
 
 
 def _try(store: Store, what: str, seconds: float) -> tuple[Lease | None, dict[str, Any]]:

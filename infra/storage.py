@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -63,6 +64,14 @@ def _filesystem(scheme: str, policy: Policy, process: int) -> Any:
         ) from error
 
 
+def renew() -> None:
+    """Forget connections: the next call opens new ones, with the credentials that are there by then.
+
+    A client reads a credentials file once; one that waits for renewed credentials has to be made anew.
+    """
+    _filesystem.cache_clear()
+
+
 @contextmanager
 def _explained(action: str, url: str) -> Iterator[None]:
     """Turn what a disk or a store raises into two lines a user can act on."""
@@ -95,6 +104,11 @@ def _explained(action: str, url: str) -> Iterator[None]:
             raise
         raise EnvironmentFailure(_store_message(action, url, error)) from error
     except (boto_errors.BotoCoreError, boto_errors.ClientError) as error:
+        raise EnvironmentFailure(_store_message(action, url, error)) from error
+    except Exception as error:
+        aiohttp = sys.modules.get("aiohttp")  # which s3fs lets through when an answer breaks off in the middle
+        if aiohttp is None or not isinstance(error, aiohttp.ClientError):
+            raise
         raise EnvironmentFailure(_store_message(action, url, error)) from error
 
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from tests.command_line import Finished, run_hvqd, start_hvqd
@@ -125,13 +126,17 @@ def test_an_interrupted_training_says_so_everywhere_leaves_no_process_and_goes_o
 ) -> None:
     """SIGTERM while the workers start, then Ctrl-C after a checkpoint, then the end."""
     root = _copy(finished_run, tmp_path, "dataset")
-    signs: dict[signal.Signals, Callable[[], bool]] = {
-        signal.SIGTERM: lambda: (root / "vq" / "ray").is_dir(),  # Ray is up, with signal handlers of its own
-        signal.SIGINT: lambda: any(root.glob("vq/checkpoints/*320-b0-w2-*/manifest.json")),
+
+    def ray_trains(process: subprocess.Popen[str]) -> bool:
+        return any(command.startswith("ray::TrainController") for command in _marked(process).values())
+
+    signs: dict[signal.Signals, Callable[[subprocess.Popen[str]], bool]] = {
+        signal.SIGTERM: ray_trains,  # Ray is up, with signal handlers of its own
+        signal.SIGINT: lambda _: any(root.glob("vq/checkpoints/*320-b0-w2-*/manifest.json")),
     }
     for number, sign in signs.items():
         with _started(root, finished_run, "train", "vq") as process:
-            _await(process, f"the moment for {number.name}", sign)
+            _await(process, f"the moment for {number.name}", partial(sign, process))
             process.send_signal(number)
             out, err = process.communicate(timeout=_DEADLINE_SECONDS)
             assert process.returncode == 130, err

@@ -85,6 +85,8 @@ class StoreCheckpoints:
     """How long a remote store may be away before a save gives up."""
     blocked_seconds: float = 0.0
     """How long training has stood still for checkpoints so far."""
+    written_at: datetime | None = None
+    """When the newest whole one was written; rank 0 knows."""
     _damaged: set[str] = field(default_factory=set)
     """Names of those that were passed over; the next save deletes them."""
     _attempt: str = ""
@@ -112,9 +114,9 @@ class StoreCheckpoints:
         state = self._restore(engine, before_images)
         place = self._place
         if engine.rank == 0 and place is not None:
-            for newer in names(self.store):
+            for newer in self._persist("list", lambda: names(self.store)):
                 if newer > place:
-                    self._delete(newer.text)
+                    self._persist("delete", lambda newer=newer: self._delete(newer.text))
         collectives.barrier()
         return state
 
@@ -136,17 +138,18 @@ class StoreCheckpoints:
         collectives.barrier()
         self._place = found.place
         if engine.rank == 0:
+            self.written_at = datetime.fromisoformat(found.written_at)
             how = "" if found.place.workers == engine.world else f", written by {found.place.workers} workers"
             log.info("going on from %s/%s%s", self.store.url, found.name, how)
         return TrainState(found.images_seen, found.history, found.setbacks, found.interval)
 
     def _readable(self, before_images: int | None) -> Iterator[Saved]:
         """Checkpoints of this request, the newest first; what is wrong with others is said."""
-        for place in names(self.store):
+        for place in self._persist("look for", lambda: names(self.store)):
             if before_images is not None and place.images_seen >= before_images:
                 continue
             try:
-                found = read_saved(self.store, place.text)
+                found: Saved | None = self._persist("read", lambda place=place: read_saved(self.store, place.text))
             except DamagedCheckpoint as error:
                 self._pass_over(place.text, str(error))
                 continue
@@ -157,7 +160,7 @@ class StoreCheckpoints:
         """Whether every file is as it was written; ranks share the reading."""
         problem = ""
         try:
-            check_saved(self.store, found, share=(engine.rank, engine.world))
+            self._persist("read", lambda: check_saved(self.store, found, share=(engine.rank, engine.world)))
         except DamagedCheckpoint as error:
             problem = str(error)
         problems = [text for text in collectives.gather_objects(problem) if text]
@@ -176,9 +179,19 @@ class StoreCheckpoints:
             yield lambda name: folder.path / name
             return
         with _scratch() as local:
-            yield lambda name: local / name if (local / name).exists() else folder.download(name, local / name)
+
+            def fetch(name: str) -> Path:
+                if not (local / name).exists():
+                    self._persist("read", lambda: folder.download(name, local / name))
+                return local / name
+
+            yield fetch
 
     # ---- saving ----
+
+    def age_seconds(self) -> float | None:
+        """Since the newest whole one was written; None when there is none, and on other ranks than the first."""
+        return (datetime.now(UTC) - self.written_at).total_seconds() if self.written_at is not None else None
 
     def save(self, engine: Engine, state: TrainState) -> None:
         """Copy the state and have it written; waits for the checkpoint before, if it is still under way."""
@@ -239,6 +252,7 @@ class StoreCheckpoints:
             written_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self._persist("write", lambda: folder.write_json(MANIFEST, saved.as_json()))
+        self.written_at = datetime.fromisoformat(saved.written_at)
         self._persist("tidy up", lambda: self._drop_old(saved))
 
     def _write_files(self, folder: Store, share: _Share) -> dict[str, Any]:

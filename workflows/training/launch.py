@@ -7,11 +7,14 @@ program would only come again, and ends the job at once. Ray's own checkpoints a
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from infra.cluster import connect
@@ -22,6 +25,7 @@ from workflows.requests import PARENTS, request_of
 from workflows.training.desk import PICTURES, TIMES, Desk
 from workflows.training.elastic import Growth, bundle, choose_workers
 from workflows.training.mailbox import Mailbox
+from workflows.training.patience import persist
 from workflows.training.turn import LEASE, take_turn
 from workflows.training.watchdog import Watchdog
 from workflows.training.worker import RESIZE, STOP, StageName, TrainingJob, train_worker
@@ -62,19 +66,25 @@ def _train(context: Context, stage: StageName) -> Manifest:
         records = run_job(job, context, desk=desk)
     seconds = time.monotonic() - started
     desk.tell_times(job.settings.images)
+    patience = context.config.compute.faults.patience_seconds
+    return persist(lambda: _complete(job, desk, parents, records, seconds), "write the manifest", folder, patience)
+
+
+def _complete(job: TrainingJob, desk: Desk, parents: dict[str, Manifest], records: int, seconds: float) -> Manifest:
+    """Write the artifact's manifest: the training counts from here on."""
+    folder, compute = job.folder, job.config.compute
     history = folder.read_json("history.json")
-    digests = {kind: manifest.digest for kind, manifest in parents.items()}
     return write_manifest(
         folder,
-        stage,
-        request,
-        digests,
+        job.stage,
+        job.request,
+        {kind: manifest.digest for kind, manifest in parents.items()},
         facts={"images": job.settings.images, **folder.read_json("summary.json"), **_last_figures(history)},
         provenance={
             "seconds": round(seconds, 1),
-            "workers": context.config.compute.most_workers,
-            "threads_per_worker": context.config.compute.threads_per_worker,
-            "gpus_per_worker": context.config.compute.gpus_per_worker,
+            "workers": compute.most_workers,
+            "threads_per_worker": compute.threads_per_worker,
+            "gpus_per_worker": compute.gpus_per_worker,
             "records_this_run": records,
             "goodput": desk.goodput.summary(),
         },
@@ -214,8 +224,9 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
     from ray.train.torch import TorchConfig
 
     compute = job.config.compute
-    filesystem, path = job.folder.child("ray").arrow()
-    name = f"run-{uuid.uuid4().hex[:12]}"  # new each time: what counts is in our checkpoints, not in Ray's snapshot
+    # Not on the root: what counts is in our checkpoints, so that Ray writes nothing but a mark, and need not fail when
+    # the store is away. New each time: no snapshot of an earlier run is read.
+    path, name = Path(tempfile.gettempdir(), "hvqd-ray"), f"run-{uuid.uuid4().hex[:12]}"
     try:
         _trainer(own_cluster=compute.address is None)(
             work,
@@ -228,13 +239,12 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
             ),
             run_config=ray.train.RunConfig(
                 name=name,
-                storage_path=path,
-                storage_filesystem=filesystem,
+                storage_path=str(path),
                 failure_config=ray.train.FailureConfig(max_failures=0),  # `run_job` decides what is worth a restart
             ),
         ).fit()
     finally:
-        job.folder.child("ray").delete()
+        shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _trainer(*, own_cluster: bool) -> Any:

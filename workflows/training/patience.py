@@ -1,7 +1,7 @@
 """Waiting for a store or a server that is away for a while: what training can do instead of failing.
 
 The clients retry for some seconds on their own; an object store that restarts, credentials that are being renewed or a
-network that is gone take minutes. One line a minute says what is waited for.
+network that is gone take minutes. One line a minute says what is waited for, and each attempt reads credentials anew.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from infra.errors import EnvironmentFailure
 from infra.secrets import mask
-from infra.storage import Store
+from infra.storage import Store, renew
 
 log = logging.getLogger(__name__)
 
@@ -68,4 +68,5 @@ def persist(call: Callable[[], Value], what: str, store: Store | None, patience_
             if line is not None:
                 log.warning("%s", line)
             time.sleep(min(pause * random.uniform(0.5, 1.0), left))
+            renew()
             pause = min(2 * pause, _LONGEST_PAUSE)

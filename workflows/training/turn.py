@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from infra.errors import EnvironmentFailure
 from infra.lease import Lease, hold
+from infra.secrets import mask
 from infra.storage import Store
+from workflows.training.patience import Warnings
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class Turn:
     lease: Lease
     clock: Callable[[], float] = time.monotonic
     _renewed: float = field(default_factory=time.monotonic)
+    _warnings: Warnings = field(default_factory=Warnings)
 
     def keep(self) -> None:
         """Renew it when it is time; called often.
@@ -42,7 +45,9 @@ class Turn:
         except EnvironmentFailure as error:
             if "was taken over" in str(error):
                 raise
-            log.warning("could not renew the lease: %s", str(error).splitlines()[0])  # the store is away for everybody
+            line = self._warnings.say(f"could not renew the lease: {mask(str(error).splitlines()[0])}")
+            if line is not None:  # the store is away for everybody
+                log.warning("%s", line)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +30,14 @@ from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.judges import build_judges
 from workflows.training.ledger import Ledger
 from workflows.training.loop import Record, StepBack, Stopped, train
+from workflows.training.meters import Meters, meters_for
+from workflows.training.patience import persist
 from workflows.training.precision import choose_precision
 from workflows.training.prior_stage import PriorStage
 from workflows.training.retention import Retention
 from workflows.training.stage import Companion
 from workflows.training.vq_stage import VQStage
-from workflows.training.watchdog import Heart
+from workflows.training.watchdog import Heart, Pulse
 
 StageName = Literal["vq", "prior"]
 STOP, RESIZE = 1, 2
@@ -72,11 +75,15 @@ class MailReporter:
     """Whose accounts are sent along."""
     batch: int = 0
     """Images a step."""
+    meters: Meters | None = None
+    """Who tells the exporter."""
     _sent: float = 0.0
     _first: int | None = None
 
     def progress(self, images_seen: int, total: int, note: str) -> None:
         """At most twice a second."""
+        if self.meters is not None:
+            self.meters.step(images_seen, total)
         now = time.monotonic()
         first = self._first is None
         if self._first is None:
@@ -89,6 +96,8 @@ class MailReporter:
 
     def record(self, record: Record) -> None:
         """One line of the history."""
+        if self.meters is not None:
+            self.meters.loss = record.get("loss", self.meters.loss)
         self.mailbox.put.remote(("record", record))
 
     def alarm(self, alarm: Alarm) -> None:
@@ -111,17 +120,24 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
     mailbox, ledger = loop_config["mailbox"], Ledger()
     rank, actor = ray.train.get_context().get_world_rank(), ray.get_runtime_context().current_actor
-    with Heart(lambda pulse: mailbox.put.remote(("pulse", pulse)), rank, ledger, actor):
-        stage = build_stage(job, device)
+    meters = meters_for(job.config.compute.address, job.stage, job.root.url, rank)
+
+    def beat(pulse: Pulse) -> None:
+        mailbox.put.remote(("pulse", pulse))
+        meters.publish()
+
+    with Heart(beat, rank, ledger, actor):
+        faults = job.config.compute.faults
+        stage = persist(lambda: build_stage(job, device), "read the inputs", job.root, faults.patience_seconds)
         engine = ZeroEngine(stage.objective, job.settings, device)
         checkpoints = checkpoints_of(job, stage.companion)
-        faults = job.config.compute.faults
+        meters.checkpoint_age = checkpoints.age_seconds
         try:
             state = train(
                 engine,
                 stage,
                 checkpoints,
-                MailReporter(mailbox, ledger, job.settings.global_batch),
+                MailReporter(mailbox, ledger, job.settings.global_batch, meters),
                 step_back=StepBack(
                     faults.non_finite_steps, faults.setbacks, faults.setback_factor, checkpoints.step_back
                 ),
@@ -137,7 +153,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
             checkpoints.finish()
         weights = engine.export()
         if engine.rank == 0:
-            export(job, stage, weights, state.history)
+            call = partial(export, job, stage, weights, state.history)
+            persist(call, "write the model", job.root, faults.patience_seconds)
 
 
 def checkpoints_of(job: TrainingJob, companion: Companion | None) -> StoreCheckpoints:
