@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,10 @@ class Registry:
         return self.download_from(self.source(model, version), target)
 
     def download_from(self, source: str, target: Path) -> Path:
-        """The files of a folder of this registry's artifacts in a local folder, which is made."""
+        """The files of a folder of this registry's artifacts in a local folder, which is made.
+
+        Compiled code is left out: nobody registered it, a store on this machine collects it when a version is loaded.
+        """
         import mlflow.artifacts
 
         target.mkdir(parents=True, exist_ok=True)
@@ -176,6 +180,8 @@ class Registry:
             found = mlflow.artifacts.download_artifacts(
                 artifact_uri=source, dst_path=str(target), tracking_uri=self.uri
             )
+        for compiled in list(target.rglob("__pycache__")):
+            shutil.rmtree(compiled)
         return Path(found)
 
     def check_files(self, model: str, version: str) -> None:

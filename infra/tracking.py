@@ -87,6 +87,13 @@ def explained(uri: str) -> Iterator[None]:
                 f"cannot write the tracking store {mask(uri)}: the disk is full\n"
                 "hint: free some space; earlier artifacts are intact, the same command goes on"
             ) from error
+        if refused := re.search(r"error code (40[13])\b|PERMISSION_DENIED|UNAUTHENTICATED|CUSTOMER_UNAUTHORIZED", text):
+            how = f" (HTTP {refused[1]})" if refused[1] else ""
+            raise EnvironmentFailure(
+                f"the tracking server {mask(uri)} refuses this user{how}: {mask(text)[:300]}\n"
+                "hint: set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, to what it "
+                "accepts; nothing was changed"
+            ) from error
         if isinstance(error, SQLAlchemyError) or re.search(
             r"Max retries|Connection|timed out|HTTP.* 5\d\d|OperationalError|disk", text
         ):

@@ -1,10 +1,11 @@
 """A bundle: all that is needed to draw pictures, in one folder. What gets registered, and what `--model` may name.
 
 vq/ and prior/ hold the two models (see hvqd_model.export); bundle.json holds the classes' names and how often the data
-has them, the recommended sampling, and the digests of what it was made from; README.md is the model card;
-evaluation.json the figures with their protocol; samples.png a sheet of samples; requirements.lock the exact packages
-that it draws with; DATA_LICENCES.md what the training pictures ask for; text/, of a model that is told captions, the
-encoder of captions and those that were learned; digests.json every other file's SHA-256.
+has them, the recommended sampling, how pictures were prepared, and what it was made from (digests, runs, commit);
+config.yaml the whole configuration; README.md is the model card; evaluation.json the figures with their protocol;
+samples.png a sheet of samples; requirements.lock the exact packages that it draws with; DATA_LICENCES.md what the
+training pictures ask for; text/, of a model that is told captions, the encoder of captions and those that were learned;
+digests.json every other file's SHA-256.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ SERVED_BATCH = 16
 """Pictures that a served model draws at once, unless its sampling says less: always as many, so that a picture depends
 on no other request."""
 DIGESTS = "digests.json"
-"""SHA-256 of every other file of a bundle."""
+"""SHA-256 of every other file of a bundle, and once more of the whole folder that a version is registered with."""
+_LEFT_BY_MLFLOW = "registered_model_meta"
+"""Written where a model is loaded from, in a store on this machine the registered folder itself."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def write_bundle(
     lineage: Mapping[str, str],
     card: str,
     more: Mapping[str, bytes] | None = None,
+    described: Mapping[str, Any] | None = None,
 ) -> None:
     """Lay a bundle out in a local folder.
 
@@ -104,6 +108,7 @@ def write_bundle(
         lineage: digest of each artifact it was made from.
         card: the README.
         more: further files by name.
+        described: further entries of bundle.json.
     """
     for name, source in (("vq", vq), ("prior", prior)):
         (folder / name).mkdir(parents=True)
@@ -114,23 +119,34 @@ def write_bundle(
         "class_rows": list(class_rows),
         "sampling": sampling.model_dump(mode="json"),
         "lineage": dict(lineage),
+        **(described or {}),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n")
     (folder / "README.md").write_text(card)
     for name, content in (more or {}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    write_digests(folder)
+
+
+def write_digests(folder: Path) -> None:
+    """Write a folder's list of digests."""
     (folder / DIGESTS).write_text(json.dumps(_file_digests(folder), indent=1, sort_keys=True) + "\n")
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below but the list of digests itself."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """SHA-256 of every file below but the list itself and what loading the folder leaves in it."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if name.as_posix() not in (DIGESTS, _LEFT_BY_MLFLOW) and "__pycache__" not in name.parts:
+            with path.open("rb") as file:
+                found[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def bundle_digest(folder: Path) -> str:
-    """Of a bundle's list of digests, and so of all of it."""
+    """Of a folder's list of digests, and so of all of it."""
     return hashlib.sha256((folder / DIGESTS).read_bytes()).hexdigest()
 
 
@@ -138,6 +154,7 @@ def bundle_problems(folder: Path, expected: str | None) -> list[str]:
     """What is no longer as it was registered, a line each; empty when every byte is.
 
     Args:
+        folder: a bundle, or the whole folder of a version.
         expected: the `bundle_digest` that the registry keeps; None for a version from before it kept one.
     """
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from workflows.artifacts import Manifest
 from workflows.config import RunConfig
@@ -25,8 +26,20 @@ _SHOWN = {
 }
 
 
-def model_card(config: RunConfig, parents: Mapping[str, Manifest]) -> str:
-    """The card of a pipeline's models, from its artifacts' manifests."""
+def model_card(
+    config: RunConfig,
+    parents: Mapping[str, Manifest],
+    protocol: Mapping[str, Any],
+    commit: str,
+    runs: Mapping[str, str],
+) -> str:
+    """The card of a pipeline's models, from its artifacts' manifests.
+
+    Args:
+        protocol: how the figures were made.
+        commit: of the source that registers it.
+        runs: in MLflow, by the kind of artifact that they made.
+    """
     facts, figures = parents["dataset"].facts, parents["evaluation"].facts["figures"]
     rows = facts["rows"]
     table = [f"| {text} | {figures[name]:.4g} |" for name, text in _SHOWN.items() if name in figures]
@@ -37,6 +50,7 @@ def model_card(config: RunConfig, parents: Mapping[str, Manifest]) -> str:
         "",
         f"- Pictures: {config.data.image_size[0]} x {config.data.image_size[1]} RGB, {rows['train']:,} for training, "
         f"{rows['val']:,} for validation, {rows['test']:,} for the figures below.",
+        f"- Preparation: {config.data.resize} to that size by Lanczos, transparency on RGB {config.data.background}.",
         f"- Classes: {', '.join(facts['classes']) or 'none'}.",
         f"- Licences of the training pictures: {', '.join(facts['licences']) or 'not stated by the source'}.",
         f"- Codes: levels of stride {list(config.vq.model.strides)}, "
@@ -49,7 +63,9 @@ def model_card(config: RunConfig, parents: Mapping[str, Manifest]) -> str:
         "|---|---|",
         *table,
         "",
-        "Protocol, intervals and every other figure: evaluation/metrics.json of the run.",
+        f"Protocol: `{parents['evaluation'].facts['protocol_digest']}`, {config.evaluation.samples:,} samples, seed "
+        f"{config.evaluation.seed}, {_sampling(protocol)}; {protocol['extractor']['name']}.",
+        "The whole protocol, intervals and every other figure: evaluation.json.",
         "",
         "## Limits",
         "",
@@ -58,7 +74,19 @@ def model_card(config: RunConfig, parents: Mapping[str, Manifest]) -> str:
         "",
         "## Lineage",
         "",
-        *[f"- {kind}: `{manifest.digest}`" for kind, manifest in parents.items()],
+        *[
+            f"- {kind}: `{manifest.digest}`" + (f", run `{runs[kind]}`" if kind in runs else "")
+            for kind, manifest in parents.items()
+        ],
+        f"- commit: `{commit}`",
+        "",
+        "Licences and attribution of the training pictures: DATA_LICENCES.md. Settings: config.yaml.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _sampling(protocol: Mapping[str, Any]) -> str:
+    drawn = protocol["sampling"]
+    sampler = drawn.get("gaussian_sampler") or drawn.get("sampler")
+    return f"{sampler}, {drawn['steps']} steps, guidance {drawn['guidance']}"

@@ -22,10 +22,10 @@ from PIL import Image, UnidentifiedImageError
 
 from infra.errors import InputError
 from infra.models import Registry
-from workflows.bundle import DESCRIPTION, bundle_problems, load_bundle
+from workflows.bundle import DESCRIPTION, load_bundle
 from workflows.config import GateSettings
 from workflows.gates import Inspection
-from workflows.registry import BUNDLE_TAG, LICENCES_TAG
+from workflows.registry import BUNDLE_PATH, LICENCES_TAG, version_problems
 
 LINEAGE = ("dataset", "vq", "codes", "prior", "evaluation")
 """What a version must have been made from; its tags `hvqd.digest.KIND` say so."""
@@ -58,9 +58,9 @@ def inspect(registry: Registry, model: str, version: str, gates: GateSettings) -
             return Inspection(
                 {**problems, **dict.fromkeys(("bundle_integrity", "lineage_complete", "smoke_test"), gone)}
             )
-        bundle = folder / "artifacts" / "bundle"
+        bundle = folder / BUNDLE_PATH
         if gates.bundle_integrity:
-            problems["bundle_integrity"] = integrity_problem(bundle, tags.get(BUNDLE_TAG))
+            problems["bundle_integrity"] = integrity_problem(folder, tags)
         if gates.lineage_complete:
             problems["lineage_complete"] = lineage_problem(bundle, tags, registry.card(model, version))
         if not draws:
@@ -73,17 +73,17 @@ def inspect(registry: Registry, model: str, version: str, gates: GateSettings) -
     return Inspection(problems, latency, memory)
 
 
-def integrity_problem(bundle: Path, digest: str | None) -> str | None:
-    """What is not as it was registered, or does not belong together; None when all is.
+def integrity_problem(folder: Path, tags: Mapping[str, str]) -> str | None:
+    """What in a version's folder is not as it was registered, or does not belong together; None when all is.
 
     Args:
-        digest: the bundle's digest that the registry keeps.
+        tags: the version's, with the digests that the registry keeps.
     """
-    changed = bundle_problems(bundle, digest)
+    changed = version_problems(folder, tags)
     if changed:
         return "; ".join(changed)
     try:
-        load_bundle(bundle)
+        load_bundle(folder / BUNDLE_PATH)
     except ValueError as error:
         return str(error).splitlines()[0]
     return None

@@ -136,15 +136,14 @@ class Promoter:
         Raises:
             InputError: the journal is another registry's, whose versions only have the same numbers.
         """
+        known = self.registry.model_tag(self.model, OWNER_TAG)  # first, so that a refused user writes nothing
         try:
             owner = str(self.folder.read_json(_OWNER)["id"])
         except FileNotFoundError:
             owner = uuid.uuid4().hex
             self.folder.write_json(_OWNER, {"id": owner, "model": self.model, "registry": mask(self.registry.uri)})
-            known = self.registry.model_tag(self.model, OWNER_TAG)
             is_new = known is None
         else:
-            known = self.registry.model_tag(self.model, OWNER_TAG)
             is_new = known is None and self.journal.head() is None
         if is_new:
             self.registry.set_model_tag(self.model, OWNER_TAG, owner)
@@ -170,7 +169,8 @@ class Promoter:
         if found != expected:
             raise InputError(
                 f"the alias champion of {self.model} points to version {found}, the journal says {expected}: it was "
-                "moved by other means\nhint: `hvqd models repair` puts it back to what the journal says"
+                "moved by other means\nhint: `hvqd models history --verify` says whether the journal is whole; "
+                "`hvqd models repair` puts the alias back to what it says"
             )
 
     def _is_applied(self, entry: Entry) -> bool:
@@ -202,8 +202,10 @@ class Promoter:
             judgement: what the gates said; None where they were not asked.
         """
         journal = self.journal
-        shown = judgement or Judgement.unasked(self.registry.tags(self.model, version))
+        tags = self.registry.tags(self.model, version)
+        shown = judgement or Judgement.unasked(tags)
         entries = journal.entries()
+        self._check_known(tags, version, entries)
         stack = champions(entries) or [
             found for alias in ("previous", "champion") if (found := self.registry.alias(self.model, alias))
         ]
@@ -231,6 +233,27 @@ class Promoter:
             )
         self._apply(entry, lease)
         return entry
+
+    def _check_known(self, tags: Mapping[str, str], version: str, entries: Sequence[Entry]) -> None:
+        """Look whether the journal still has what the registry keeps of it, and whether the registry may be written.
+
+        A new entry about a version would replace the only trace of one that was cut off; and who may only read would
+        leave a decision that the registry never hears of.
+
+        Raises:
+            InputError: the journal's end was cut off.
+            EnvironmentFailure: the registry refuses this user.
+        """
+        kept = tags.get(ENTRY_TAG)
+        if kept is not None and kept not in {entry.digest for entry in entries}:
+            raise InputError(
+                f"the entry {kept[:12]} that the registry keeps for version {version} is gone from the journal at "
+                f"{self.folder.url}: its end was cut off\n"
+                "hint: restore the journal from a copy; `hvqd models history --verify` says what else is missing"
+            )
+        owner = self.registry.model_tag(self.model, OWNER_TAG)
+        if owner is not None:
+            self.registry.set_model_tag(self.model, OWNER_TAG, owner)
 
     def repair(self) -> Entry | None:
         """Put the aliases where the journal says, whoever moved them; None when there is nothing in the journal."""

@@ -6,6 +6,7 @@ the registry alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -21,10 +22,12 @@ from infra.secrets import mask
 from infra.storage import Store
 from infra.tracking import Tracker
 from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
-from workflows.bundle import LoadedBundle, bundle_digest, load_bundle, write_bundle
+from workflows.bundle import LoadedBundle, bundle_digest, bundle_problems, load_bundle, write_bundle, write_digests
 from workflows.card import model_card
+from workflows.config import RunConfig
 from workflows.context import Context
 from workflows.environment_lock import SERVED, locked
+from workflows.loading import masked, to_yaml
 from workflows.requests import PARENTS, request_of
 
 _COMMANDS = {
@@ -37,6 +40,10 @@ _COMMANDS = {
 _REQUEST_TAG = "hvqd.request"
 BUNDLE_TAG = "hvqd.bundle"
 """On a version: the digest of its bundle's list of digests."""
+FILES_TAG = "hvqd.files"
+"""On a version: the digest of the list of digests of its whole folder: the bundle, the code and MLflow's own files."""
+BUNDLE_PATH = "artifacts/bundle"
+"""Of the bundle within a version's folder."""
 LICENCES_TAG = "hvqd.licences"
 """On a version: JSON list of the licences of its training pictures."""
 PROTOCOL_TAG = "hvqd.protocol"
@@ -89,7 +96,8 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
     measured = evaluation.read_bytes("metrics.json")
     lock = locked((*SERVED, "tokenizers") if "text" in config.prior.model.conditions else SERVED)
     run = context.run or tracker.run(f"register-{request}", "register", tags={"hvqd.step": "register"})
-    card = model_card(config, parents)
+    commit, runs = _commit(), _runs(tracker, lineage)
+    card = model_card(config, parents, json.loads(measured)["protocol"], commit, runs)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
         folder = Path(scratch)
         facts = parents["dataset"].facts
@@ -107,18 +115,22 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
                 "samples.png": evaluation.read_bytes("samples.png"),
                 "requirements.lock": ("\n".join(lock) + "\n").encode(),
                 "DATA_LICENCES.md": _data_licences(config.data.source, facts["licences"]).encode(),
+                "config.yaml": to_yaml(masked(config)).encode(),
                 **_learned_text(root),
             },
+            {"preprocessing": preprocessing(config), "commit": commit, "runs": runs},
         )
         code = folder / "code"
         packages = [_copy_sources(name, code) for name in _PACKAGES]
         served = Path(__file__).with_name("served_model.py")
         write_pyfunc(folder / "model", served, {"bundle": folder / "bundle"}, packages, lock)
+        write_digests(folder / "model")
         source = run.log_folder(folder / "model", "model")
-        digest = bundle_digest(folder / "bundle")
+        digest, files = bundle_digest(folder / "bundle"), bundle_digest(folder / "model")
     tags = {
         _REQUEST_TAG: request,
         BUNDLE_TAG: digest,
+        FILES_TAG: files,
         **{f"hvqd.digest.{kind}": digest for kind, digest in lineage.items()},
         FIGURES_TAG: json.dumps(figures, sort_keys=True),
         PROTOCOL_TAG: protocol,
@@ -127,9 +139,43 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
         LICENCES_TAG: json.dumps(facts["licences"]),
         "hvqd.conditional": str(bool(facts["classes"])).lower(),
         "hvqd.root": root.url,
-        "hvqd.commit": _commit(),
+        "hvqd.commit": commit,
     }
     return registry.create(config.tracking.model_name, source, run.run_id, tags, card)
+
+
+def preprocessing(config: RunConfig) -> dict[str, Any]:
+    """What was made of the pictures before the tokenizer saw them: what `hvqd reconstruct` does to others, too."""
+    data = config.data
+    return {
+        "image_size": list(data.image_size),
+        "resize": data.resize,
+        "background": list(data.background),
+        "channels": "RGB, 8 bits",
+        "range": "-1 to 1 for 0 to 255",
+    }
+
+
+def _runs(tracker: Tracker, lineage: Mapping[str, str]) -> dict[str, str]:
+    """By kind of artifact: the run in this store that made it; what was made elsewhere is left out."""
+    return {
+        kind: run.run_id
+        for kind, digest in lineage.items()
+        for run in itertools.islice(tracker.runs(f"tags.`hvqd.digest` = '{digest}'"), 1)
+    }
+
+
+def version_problems(folder: Path, tags: Mapping[str, str]) -> list[str]:
+    """What in a version's folder is not as it was registered, a line each; names in the bundle come without its path.
+
+    Args:
+        tags: the version's, with the digests that the registry keeps.
+    """
+    found = bundle_problems(folder / BUNDLE_PATH, tags.get(BUNDLE_TAG))
+    if FILES_TAG in tags:
+        around = bundle_problems(folder, tags[FILES_TAG])
+        found += [problem for problem in around if not problem.startswith(f"{BUNDLE_PATH}/")]
+    return found
 
 
 def _learned_text(root: Store) -> dict[str, bytes]:
@@ -266,7 +312,13 @@ def load_version(tracker: Tracker, model: str, uri: str | None = None) -> Loaded
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
         registry.check_files(name, version)
         folder = registry.download(name, version, Path(scratch))
-        return load_bundle(folder / "artifacts" / "bundle")
+        tags = registry.tags(name, version)
+        if BUNDLE_TAG in tags and (problems := version_problems(folder, tags)):
+            raise InputError(
+                f"version {version} of {name} is not what was registered: {'; '.join(problems)}\n"
+                f"hint: restore {registry.source(name, version)} from a copy, or `hvqd rollback` to another version"
+            )
+        return load_bundle(folder / BUNDLE_PATH)
 
 
 def _parse(uri: str | None, model: str, registry: Registry) -> tuple[str, str]:

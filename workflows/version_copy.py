@@ -8,6 +8,7 @@ there a version in the other registry. It becomes a candidate there: the other r
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from infra.errors import InputError
@@ -15,10 +16,9 @@ from infra.models import Registry
 from infra.secrets import mask
 from infra.storage import open_store
 from infra.tracking import Tracker, open_tracker
-from workflows.bundle import bundle_problems
 from workflows.context import Context
 from workflows.promotion import ENTRY_TAG
-from workflows.registry import BUNDLE_TAG, find_version
+from workflows.registry import BUNDLE_TAG, find_version, version_problems
 from workflows.version_gc import GONE_TAG
 from workflows.versions import Report
 
@@ -65,12 +65,12 @@ def copy_version(context: Context, tracker: Tracker, name: str, *, to: str, dry_
     source.check_files(model, number)
     with tempfile.TemporaryDirectory(prefix="hvqd-copy-") as scratch:
         folder = source.download(model, number, Path(scratch) / "from")
-        _check(folder, tags[BUNDLE_TAG], f"version {number} of {model} is not what was registered")
+        _check(folder, tags, f"version {number} of {model} is not what was registered")
         run = other.run(f"copy of {origin}", "copy", tags={"hvqd.step": "copy"})
         try:
             place = run.log_folder(folder, "model")
             arrived = target.download_from(place, Path(scratch) / "arrived")
-            _check(arrived, tags[BUNDLE_TAG], f"the copy of version {number} of {model} at {place} is damaged")
+            _check(arrived, tags, f"the copy of version {number} of {model} at {place} is damaged")
         except BaseException:
             run.end("FAILED")
             raise
@@ -92,7 +92,7 @@ def _open(context: Context, to: str) -> Tracker:
     return open_tracker(None, experiment, open_store(to))
 
 
-def _check(folder: Path, digest: str, what: str) -> None:
-    problems = bundle_problems(folder / "artifacts" / "bundle", digest)
+def _check(folder: Path, tags: Mapping[str, str], what: str) -> None:
+    problems = version_problems(folder, tags)
     if problems:
         raise InputError(f"{what}: {'; '.join(problems)}\nhint: nothing was registered; copy or restore it again")

@@ -13,10 +13,17 @@ from typing import Any
 from infra.errors import InputError
 from infra.models import Registry, Version
 from infra.tracking import Tracker
-from workflows.bundle import DESCRIPTION, bundle_problems
+from workflows.bundle import DESCRIPTION, load_bundle
 from workflows.context import Context
 from workflows.promotion import ENTRY_TAG, Promoter, champions, promoter_for
-from workflows.registry import BUNDLE_TAG, figures_under, find_version, protocols_of, shared_protocol
+from workflows.registry import (
+    BUNDLE_PATH,
+    figures_under,
+    find_version,
+    protocols_of,
+    shared_protocol,
+    version_problems,
+)
 from workflows.tables import aligned
 
 _LISTED = {"kid_samples": "KID", "psnr": "PSNR", "class_accuracy_samples": "class", "recall_samples": "recall"}
@@ -146,7 +153,7 @@ def compare_versions(context: Context, tracker: Tracker, first: str, second: str
 def _settings(registry: Registry, model: str, version: str) -> dict[str, Any]:
     """Dotted settings of a version's two models and of its sampling."""
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
-        bundle = registry.download(model, version, Path(scratch)) / "artifacts" / "bundle"
+        bundle = registry.download(model, version, Path(scratch)) / BUNDLE_PATH
         found = {
             "vq": json.loads((bundle / "vq" / "config.json").read_text()),
             "prior": json.loads((bundle / "prior" / "config.json").read_text()),
@@ -206,16 +213,14 @@ def verify_version(context: Context, tracker: Tracker, name: str) -> Report:
     number = find_version(tracker, model, name)
     registry.check_files(model, number)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
-        bundle = registry.download(model, number, Path(scratch)) / "artifacts" / "bundle"
-        problems = bundle_problems(bundle, registry.tags(model, number).get(BUNDLE_TAG))
+        folder = registry.download(model, number, Path(scratch))
+        problems = version_problems(folder, registry.tags(model, number))
         if problems:
             raise InputError(
                 f"version {number} of {model} is not what was registered: {'; '.join(problems)}\n"
                 f"hint: restore {registry.source(model, number)} from a copy, or `hvqd rollback` to another version"
             )
-        from workflows.bundle import load_bundle
-
-        digest = load_bundle(bundle).digest
+        digest = load_bundle(folder / BUNDLE_PATH).digest
     return Report(
         {"model": model, "version": number, "digest": digest, "verified": True},
         f"version {number} of {model} is whole: weights {digest[:12]}",

@@ -17,6 +17,7 @@ from runner import REPOSITORY, Benchmark, Figures, Target, main
 
 sys.path.insert(0, str(REPOSITORY))  # the registry that the tests use, too
 
+from infra.errors import InputError
 from tests.registry_place import KIDS, Place, race
 
 _ROUNDS, _PARTS, _QUICK_ROUNDS = 200, 10, 6
@@ -33,7 +34,7 @@ def measure(part: int, quick: bool, seed: int) -> Figures:
         for number in range(rounds):
             try:
                 decisions += race(place, promoters=3, seed=10_000 * seed + _ROUNDS * part + number)
-            except AssertionError as error:
+            except (AssertionError, InputError) as error:
                 violations += 1
                 print(f"part {part}, round {number}: {error}", file=sys.stderr)
     found = {"rounds": float(rounds), "decisions": float(decisions), "violations": float(violations)}

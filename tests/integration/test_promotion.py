@@ -9,6 +9,7 @@ import pytest
 
 from infra.errors import EnvironmentFailure, GateRefusal, InputError
 from tests.conftest import RegistryServer
+from tests.integration.test_tracking import answering
 from tests.registry_place import KIDS, Place, race
 from workflows.promotion import ENTRY_TAG, promote, promoter_for, rollback
 from workflows.versions import compare_versions, history, list_versions, repair, show_version
@@ -163,6 +164,37 @@ def test_a_tampered_journal_is_named(place: Place) -> None:
     with pytest.raises(InputError, match=r"the journal of hvqd at .* does not hold: entry 1 has been changed\nhint: "):
         history(place.context, place.tracker, verify=True)
     assert len(history(place.context, place.tracker, verify=False).value["entries"]) == 2
+
+
+def test_a_decision_over_an_entry_that_was_cut_off_is_refused_as_long_as_the_registry_remembers(place: Place) -> None:
+    one, two = place.version(), place.version(psnr=1.0)
+    place.promote(one)
+    with pytest.raises(GateRefusal):
+        place.promote(two)
+    cut = place.journal_folder.read_bytes("000002.json")
+    place.journal_folder.delete("000002.json")
+    with pytest.raises(
+        InputError, match=r"the entry .{12} that the registry keeps for version 2 is gone .*\nhint: rest"
+    ):
+        place.promote(two, override="nobody will know")
+    with pytest.raises(InputError, match="for version 2 is gone: the end was cut off"):
+        history(place.context, place.tracker, verify=True)
+    assert place.champion == "1" and place.actions() == [("promote", "1")]
+    place.journal_folder.write_bytes("000002.json", cut)
+    place.promote(two, override="as everybody sees")
+    place.check_consistent()
+
+
+def test_a_server_that_refuses_the_token_is_named_and_nothing_is_recorded(tmp_path: Path) -> None:
+    with answering(401) as address:
+        stranger = Place(tmp_path / "run", tracking={"uri": address, "audit": str(tmp_path / "audit")})
+        for ask in (lambda: stranger.promote("1"), lambda: rollback(stranger.context, stranger.tracker, None, "why")):
+            with pytest.raises(
+                EnvironmentFailure, match=r"refuses this user \(HTTP 401\).*\nhint: set MLFLOW_TRACKING"
+            ):
+                ask()
+    written = {path.parent.name for path in (tmp_path / "audit").rglob("*") if path.is_file()}
+    assert written <= {"lease"}, "no entry, and no journal that is bound to a registry"
 
 
 @pytest.mark.parametrize("place", ["sqlite"], indirect=True)

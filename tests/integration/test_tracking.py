@@ -338,16 +338,28 @@ def test_a_database_whose_driver_is_missing_is_named() -> None:
             Tracker(uri, None, "hvqd").check_answers()
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_is_no_mlflow_or_refuses_is_named(status: int) -> None:
-    with (
-        answering(status) as address,
-        pytest.raises(
-            EnvironmentFailure,
-            match=rf"the tracking store {address} does not work: .*{status}.*\nhint: check tracking\.uri",
-        ),
-    ):
-        Tracker(address, None, "hvqd").check_answers()
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"the tracking server ADDRESS refuses this user \(HTTP 401\): .*\nhint: set MLFLOW_TRACKING_TOKEN"),
+        (403, r"the tracking server ADDRESS refuses this user \(HTTP 403\): .*\nhint: set MLFLOW_TRACKING_TOKEN"),
+        (404, r"the tracking store ADDRESS does not work: .*404.*\nhint: check tracking\.uri"),
+    ],
+)
+def test_a_server_that_is_no_mlflow_or_refuses_is_named(status: int, message: str) -> None:
+    with answering(status) as address:
+        said = message.replace("ADDRESS", address)
+        with pytest.raises(EnvironmentFailure, match=said):
+            Tracker(address, None, "hvqd").check_answers()
+        if status != 404:
+            registry = Registry(address)
+            for ask in (
+                lambda: registry.alias("hvqd", "champion"),
+                lambda: registry.tags("hvqd", "1"),
+                lambda: registry.set_alias("hvqd", "champion", "1"),
+            ):
+                with pytest.raises(EnvironmentFailure, match=said):
+                    ask()
 
 
 def test_a_server_that_never_answers_is_named() -> None:

@@ -95,7 +95,7 @@ def test_a_version_goes_to_another_registry_with_its_bytes_and_is_judged_there(p
     contents = [
         {p.relative_to(top): p.read_bytes() for p in top.rglob("*") if p.is_file()} for top in (copied, original)
     ]
-    assert contents[0] == contents[1] and len(contents[0]) == 6
+    assert contents[0] == contents[1] and len(contents[0]) == 7
     tags, there = place.registry.tags("hvqd", better), production.registry.tags("hvqd", "1")
     assert there == {**{tag: text for tag, text in tags.items() if tag != "hvqd.audit"}, ORIGIN_TAG: there[ORIGIN_TAG]}
     assert production.registry.alias("hvqd", "candidate") == "1" and production.champion is None

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_bundle import CLASSES, ROWS, SAMPLING, save_models
-from workflows.bundle import DESCRIPTION, DIGESTS, bundle_digest, write_bundle
+from workflows.bundle import DESCRIPTION, DIGESTS, bundle_digest, write_bundle, write_digests
 from workflows.environment_lock import locked
 from workflows.inspection import LINEAGE, draw_alone, integrity_problem, licence_problem, lineage_problem
+from workflows.registry import BUNDLE_PATH, BUNDLE_TAG, FILES_TAG
 
 DIGEST_OF = {kind: f"{index}" * 64 for index, kind in enumerate(LINEAGE)}
 CARD = "# card\n" + "\n".join(f"- {kind}: `{digest}`" for kind, digest in DIGEST_OF.items())
@@ -23,46 +24,70 @@ MORE = {"evaluation.json": b"{}", "requirements.lock": b"torch==1\n", "samples.p
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspected")
     vq, prior = save_models(folder / "run")
-    write_bundle(folder / "bundle", vq, prior, CLASSES, ROWS, SAMPLING, DIGEST_OF, CARD, MORE)
-    return folder / "bundle"
+    write_bundle(folder / "model" / BUNDLE_PATH, vq, prior, CLASSES, ROWS, SAMPLING, DIGEST_OF, CARD, MORE)
+    (folder / "model" / "code" / "workflows").mkdir(parents=True)
+    (folder / "model" / "code" / "workflows" / "bundle.py").write_text("x = 1\n")
+    (folder / "model" / "MLmodel").write_text("flavors: {}\n")
+    write_digests(folder / "model")
+    return folder / "model"
 
 
 @pytest.fixture
-def bundle(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
+def version(made: Path, tmp_path: Path) -> Path:
+    """A version's folder: the bundle, the code that draws with it, and MLflow's own file."""
+    return Path(shutil.copytree(made, tmp_path / "model"))
 
 
-def test_a_changed_byte_in_any_file_is_named(bundle: Path) -> None:
-    digest = bundle_digest(bundle)
-    assert integrity_problem(bundle, digest) is None
-    files = sorted(path for path in bundle.rglob("*") if path.is_file())
-    assert len(files) == 11
+@pytest.fixture
+def bundle(version: Path) -> Path:
+    return version / BUNDLE_PATH
+
+
+def kept(version: Path) -> dict[str, str]:
+    """What the registry keeps of it."""
+    return {BUNDLE_TAG: bundle_digest(version / BUNDLE_PATH), FILES_TAG: bundle_digest(version)}
+
+
+def test_a_changed_byte_in_any_file_is_named(version: Path) -> None:
+    tags = kept(version)
+    assert integrity_problem(version, tags) is None
+    files = sorted(path for path in version.rglob("*") if path.is_file())
+    assert len(files) == 14
     for path in files:
-        name, content = path.relative_to(bundle).as_posix(), path.read_bytes()
+        name, content = path.relative_to(version).as_posix().removeprefix(f"{BUNDLE_PATH}/"), path.read_bytes()
         for place in {0, len(content) // 2, len(content) - 1}:
             changed = bytearray(content)
             changed[place] ^= 1
             path.write_bytes(changed)
-            problem = integrity_problem(bundle, digest)
+            problem = integrity_problem(version, tags)
             assert problem is not None and name in problem, f"byte {place} of {name}: {problem}"
         path.unlink()
-        assert name in str(integrity_problem(bundle, digest)), f"{name} is gone"
+        assert name in str(integrity_problem(version, tags)), f"{name} is gone"
         path.write_bytes(content)
-    (bundle / "extra.pkl").write_bytes(b"x")
-    assert integrity_problem(bundle, digest) == "extra.pkl does not belong here"
+    for place, name in ((version / BUNDLE_PATH, "extra.pkl"), (version, "code/sitecustomize.py")):
+        (place / name).write_bytes(b"x")
+        assert integrity_problem(version, tags) == f"{name} does not belong here"
+        (place / name).unlink()
 
 
-def test_digests_that_were_rewritten_along_with_a_file_are_not_the_registered_ones(
-    bundle: Path, tmp_path: Path
-) -> None:
-    digest = bundle_digest(bundle)
+def test_what_loading_leaves_in_a_folder_on_this_machine_is_no_change(version: Path) -> None:
+    tags = kept(version)
+    (version / "registered_model_meta").write_text("model_name: hvqd\n")
+    (version / "code" / "workflows" / "__pycache__").mkdir()
+    (version / "code" / "workflows" / "__pycache__" / "bundle.cpython-311.pyc").write_bytes(b"x")
+    assert integrity_problem(version, tags) is None
+
+
+def test_digests_that_were_rewritten_along_with_a_file_are_not_the_registered_ones(version: Path, bundle: Path) -> None:
+    tags = kept(version)
     (bundle / "README.md").write_text("another card")
     listed = json.loads((bundle / DIGESTS).read_text())
     import hashlib
 
     listed["README.md"] = hashlib.sha256(b"another card").hexdigest()
     (bundle / DIGESTS).write_text(json.dumps(listed))
-    assert integrity_problem(bundle, digest) == f"{DIGESTS} is not the one that was registered"
+    write_digests(version)
+    assert integrity_problem(version, tags) == "; ".join([f"{DIGESTS} is not the one that was registered"] * 2)
 
 
 def test_a_prior_of_another_tokenizer_is_named(tmp_path: Path) -> None:
@@ -75,8 +100,8 @@ def test_a_prior_of_another_tokenizer_is_named(tmp_path: Path) -> None:
     name = next(name for name in weights if name.endswith(".codebook"))
     weights[name] = torch.randn(weights[name].shape)
     save_file(weights, prior / "weights.safetensors")
-    write_bundle(tmp_path / "bundle", vq, prior, CLASSES, ROWS, SAMPLING, DIGEST_OF, CARD)
-    problem = integrity_problem(tmp_path / "bundle", None)
+    write_bundle(tmp_path / BUNDLE_PATH, vq, prior, CLASSES, ROWS, SAMPLING, DIGEST_OF, CARD)
+    problem = integrity_problem(tmp_path, {})
     assert problem is not None and "was trained on the codes of another tokenizer" in problem
 
 
