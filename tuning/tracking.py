@@ -82,6 +82,11 @@ class SweepRuns:
         """Tell the store of ends that it has not heard of."""
         self._queue.put(lambda: self._sync(records))
 
+    @property
+    def backlog(self) -> int:
+        """How many things the store has not been told yet, apart from the one under way."""
+        return self._queue.qsize()
+
     def finish(self, status: Status, seconds: float) -> bool:
         """End the sweep's run when all is told, and wait for that.
 
