@@ -14,7 +14,7 @@ import typer
 from infra.secrets import mask
 from tuning.commands import doctor, tune_app
 from workflows.checkpoints_commands import checkpoints_app
-from workflows.drawing_commands import edit_app, interpolate, sample
+from workflows.drawing_commands import augment, edit_app, interpolate, sample
 from workflows.job import Job, exit_status, with_options
 from workflows.launch_commands import add_launch_commands
 from workflows.models_commands import models_app
@@ -272,6 +272,7 @@ def report(job: Job) -> None:
 
 app.command("sample")(sample)
 app.command("interpolate")(interpolate)
+app.command("augment")(augment)
 app.command("reconstruct")(reconstruct)
 
 

@@ -1,4 +1,4 @@
-"""`hvqd sample`, `hvqd interpolate` and `hvqd edit`: using a model."""
+"""`hvqd sample`, `hvqd interpolate`, `hvqd edit` and `hvqd augment`: using a model."""
 
 from __future__ import annotations
 
@@ -204,6 +204,44 @@ def restyle(
         return show_in(request, like, strength, keep, job.config)
 
     _edit(job, path, (label, style, text), model, count, out, make)
+
+
+@with_options
+def augment(
+    job: Job,
+    source: Annotated[
+        str, typer.Argument(help="`dataset` (the root's), a split of it, or what `hvqd data build` takes.")
+    ],
+    out: Annotated[str, typer.Option("--out", help="Folder or URL of the new dataset.")],
+    count: Annotated[int, typer.Option("-n", help="How many variants of each picture.")] = 2,
+    strength: Annotated[float, typer.Option("--strength", help="Share of the fine codes drawn anew, to 1.")] = 0.5,
+    keep: Annotated[int, typer.Option("--keep", help="Coarse levels that stay as they are.")] = 1,
+    originals: Annotated[
+        bool, typer.Option("--originals/--no-originals", help="Whether the pictures themselves come along.")
+    ] = True,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="PNG file that shows the first pictures and their variants.")
+    ] = None,
+    model: _Model = None,
+    steps: _Steps = None,
+    guidance: _Guidance = None,
+) -> None:
+    """Make variants of pictures, as a dataset that `hvqd data build` reads; the same command resumes."""
+    _settings(job, steps, guidance)
+    config = job.config
+    from workflows.augment import AugmentRequest
+    from workflows.augment import augment as make_variants
+
+    request = AugmentRequest(source, out, count, strength, keep, originals, model, job.seed or 0, sheet)
+    if job.dry_run:
+        plan = {**vars(request), "sheet": None if sheet is None else str(sheet)}
+        job.answer({"status": 0, "plan": plan}, f"would write variants of {source} to {out}")
+        return
+    job.quiet()
+    result = make_variants(request, config, job.progress)
+    facts = result["facts"]
+    job.say(f"  {facts['originals']:,} pictures, {facts['variants']:,} variants; {facts['unchanged']:,} unchanged")
+    job.answer({"status": 0, **result}, str(result["folder"]))
 
 
 def _edit(

@@ -61,16 +61,20 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
-class _Editor:
-    """A model and how it draws."""
+class Editor:
+    """A model that changes pictures, and how it draws."""
 
     bundle: LoadedBundle
     sampling: SamplingSettings
     config: RunConfig
 
     @classmethod
-    def open(cls, request: EditRequest, config: RunConfig) -> _Editor:
-        """Load the model; what it cannot do is found out at once."""
+    def open(cls, request: Any, config: RunConfig) -> Editor:
+        """Load the model; what it cannot do is found out at once.
+
+        Args:
+            request: has `model` and `count`.
+        """
         if request.count < 1:
             raise InputError(f"-n must be at least 1: {request.count}\nhint: for example -n 4")
         bundle = load_model_for(request, config)
@@ -95,8 +99,15 @@ class _Editor:
         return decode_codes(self.bundle.vq, [level.numpy() for level in codes], BATCH)
 
     def completed(self, asked: Asked, seeds: list[int]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Codes]:
-        """Draws unknown codes of (n, h, w) ones, batch by batch."""
-        given = _exactly(self.bundle, seeds, asked)
+        """Draws unknown codes of (n, h, w) ones, all asked for alike."""
+        return self.drawer(_exactly(self.bundle, seeds, asked), seeds)
+
+    def drawer(self, given: Conditions, seeds: Sequence[int]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Codes]:
+        """Draws unknown codes of (n, h, w) ones, batch by batch.
+
+        Args:
+            given: conditions of the n pictures.
+        """
         keys = torch.tensor(seeds, dtype=torch.int64)
         sampling = self.sampling
         walk = SamplerSettings(
@@ -159,7 +170,7 @@ def interpolate(request: EditRequest, other: str, steps: int, redraw: float, con
     Returns:
         JSON values: image (path), frames, drawn (share of each frame's codes that were drawn anew).
     """
-    editor = _Editor.open(request, config)
+    editor = Editor.open(request, config)
     first, second = (editor.codes(editor.picture(path)) for path in (request.path, other))
     frames, disputed = blended(first, second, steps, derive_key("interpolate", request.seed), redraw)
     # The same seed for all frames: what is drawn in one stays much the same in the next.
@@ -184,7 +195,7 @@ def fill(request: EditRequest, mask: str, dilation: int, config: RunConfig) -> d
     Returns:
         JSON values: image (path), hole (share of the pixels).
     """
-    editor = _Editor.open(request, config)
+    editor = Editor.open(request, config)
     picture, hole = editor.picture(request.path), _hole(request.path, mask, editor)
     found = _filled(editor, picture, hole, dilation, request)
     shown = picture.copy()
@@ -196,7 +207,7 @@ def fill(request: EditRequest, mask: str, dilation: int, config: RunConfig) -> d
 
 
 def _filled(
-    editor: _Editor, picture: Pictures, hole: NDArray[np.bool_], dilation: int, request: EditRequest
+    editor: Editor, picture: Pictures, hole: NDArray[np.bool_], dilation: int, request: EditRequest
 ) -> Pictures:
     """(n, H, W, 3) the picture with its hole filled."""
     device = next(editor.bundle.vq.parameters()).device
@@ -210,7 +221,7 @@ def _filled(
     return np.concatenate(parts)[: request.count]
 
 
-def _hole(path: str, mask: str, editor: _Editor) -> NDArray[np.bool_]:
+def _hole(path: str, mask: str, editor: Editor) -> NDArray[np.bool_]:
     """(H, W) where a mask's picture is lighter than half, through the same geometry as its picture."""
     size = editor.bundle.vq.config.image_size
     picture, found = _opened(path), _opened(mask)
@@ -263,10 +274,10 @@ def enlarge(request: EditRequest, keep: int, config: RunConfig) -> dict[str, Any
         JSON values: image (path), psnr_scaled_back (dB of each result scaled back to the small picture, and of the
         bicubic enlargement as it is reconstructed).
     """
-    editor = _Editor.open(request, config)
+    editor = Editor.open(request, config)
     vq = editor.bundle.vq
     small = _small(request.path, vq.config.image_size)
-    _check_keep(keep, vq.config.levels)
+    check_keep(keep, vq.config.levels)
     x = to_input(small)
     device = next(vq.parameters()).device
     codes = [level[:1].cpu() for level in coarse_codes(vq, x.expand(BATCH, -1, -1, -1).to(device))]
@@ -298,8 +309,8 @@ def restyle(request: EditRequest, like: str | None, strength: float, keep: int, 
             "a style is needed: neither --like nor --style is given\n"
             "hint: --like PICTURE takes a picture's style, --style NAME one that the model has learned"
         )
-    editor = _Editor.open(request, config)
-    _check_keep(keep, editor.bundle.vq.config.levels)
+    editor = Editor.open(request, config)
+    check_keep(keep, editor.bundle.vq.config.levels)
     picture, count = editor.picture(request.path), request.count
     content = editor.codes(picture)
     columns = [("picture", "", picture), ("codes", "", editor.pictures(content))]
@@ -315,7 +326,8 @@ def restyle(request: EditRequest, like: str | None, strength: float, keep: int, 
     return {"image": write_picture(request.out, to_png(column_sheet(columns))), "drawn": _share(unknown)}
 
 
-def _check_keep(keep: int, levels: int) -> None:
+def check_keep(keep: int, levels: int) -> None:
+    """Refuse to keep no level, or all."""
     if not 1 <= keep < levels:
         raise InputError(
             f"--keep must be between 1 and {levels - 1}, the coarse levels that stay: {keep}\n"
