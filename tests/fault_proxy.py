@@ -35,7 +35,8 @@ class FaultProxy:
     seed: int = 0
     port: int = 0
     seen: Counter[str] = field(default_factory=Counter)
-    """Requests by what was done with them: the fault's name, `outage` or `passed`."""
+    """Requests by what was done with them: the fault's name, `outage` or `passed`; those that the server refused are
+    counted under `refused` as well."""
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -81,6 +82,8 @@ class FaultProxy:
             case "delay":
                 await asyncio.sleep(_DELAY_SECONDS)
         answer = await self._forward(head, body)
+        if answer.startswith(b"HTTP/1.1 403"):
+            self.seen["refused"] += 1
         match fault:
             case "lost-response":  # the server has done it, and the client does not hear of it
                 _abort(writer)

@@ -92,7 +92,7 @@ def measure(quick: bool, seed: int) -> Figures:
                     differing = float(sum(one[key] != other[key] for key in one))
                 logs = [path.read_text(errors="replace") for path in folder.rglob(".hvqd/logs/*.log")]
                 said = len(re.findall(r"could not .* trying again", "\n".join([err, *logs])))
-        faults = sum(count for kind, count in proxy.seen.items() if kind not in ("passed", "outage"))
+        faults = sum(count for kind, count in proxy.seen.items() if kind not in ("passed", "outage", "refused"))
         return {
             "completed": float(completed),
             "differing": differing,

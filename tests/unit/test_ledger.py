@@ -63,8 +63,8 @@ def test_a_lost_worker_costs_the_restart_and_the_steps_that_are_done_again() -> 
             "steps": 30 + 70,  # 40 of the 100 images were done again
             "lost": 20,
             "data": 12,
-            "start": 13,
-            "restart": 9,
+            "start": 10 + 2,
+            "restart": 3 + 7,
             "evaluation": 0,
             "checkpoint": 0,
             "other": 0,

@@ -131,28 +131,33 @@ class Goodput:
         self.totals[account] = self.totals.get(account, 0.0) + seconds
 
     def _close(self, now: float) -> None:
-        """Book an attempt that has ended."""
-        for account, seconds in self._open_accounts(now).items():
+        """Book an attempt that is followed by another one: what came after its last sign was part of the restart."""
+        for account, seconds in self._open_accounts(now, ending="restart").items():
             self._add(account, seconds)
         if self._attempt is not None:
             self.restarts += 1
         self._attempt = None
 
-    def _open_accounts(self, now: float) -> dict[str, float]:
-        """Accounts of the attempt under way; all of its wall time."""
+    def _open_accounts(self, now: float, ending: Account = "start") -> dict[str, float]:
+        """Accounts of the attempt under way; all of its wall time.
+
+        Args:
+            ending: where the time since its last sign goes.
+        """
         attempt = self._attempt
         if attempt is None:
             return {}
         elapsed = now - attempt.began
         told = dict(attempt.accounts)
         spare = elapsed - sum(told.values())
+        starting: Account = "restart" if self.restarts else "start"
         if attempt.first_heard is None:
-            told["restart" if self.restarts else "start"] = elapsed
-            return told
-        outside = min(max(spare, 0.0), (attempt.first_heard - attempt.began) + (now - attempt.last_heard))
-        starting = "restart" if self.restarts else "start"
-        told[starting] = told.get(starting, 0.0) + outside
-        told["other"] = spare - outside
+            return {**told, starting: elapsed}
+        before = min(max(spare, 0.0), attempt.first_heard - attempt.began)
+        after = min(max(spare - before, 0.0), now - attempt.last_heard)
+        for account, seconds in ((starting, before), (ending, after)):
+            told[account] = told.get(account, 0.0) + seconds
+        told["other"] = spare - before - after
         return told
 
     def summary(self) -> dict[str, Any]:
