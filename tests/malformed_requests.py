@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from PIL import Image
+
+from tests.pictures import encoded
 
 MOST_BYTES = 2_000
 
@@ -66,8 +71,27 @@ _BODIES: dict[str, bytes] = {
 }
 
 
+_PNG = encoded(Image.new("L", (8, 8)))
+_HEADER = _PNG[:16] + (200_000).to_bytes(4, "big") * 2 + _PNG[24:]
+_MAPS: dict[str, str] = {
+    "not base64": "not base64!",
+    "half a code": "iVBORw0KGgo",
+    "nothing": "",
+    "a text": base64.b64encode(b"a text").decode(),
+    "a pickle": base64.b64encode(_BODIES["a pickle"]).decode(),
+    "a GIF": base64.b64encode(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;").decode(),
+    "a path": "file:///etc/passwd",
+    "a PNG's first bytes": base64.b64encode(_PNG[:8]).decode(),
+    "half a PNG": base64.b64encode(_PNG[: len(_PNG) // 2]).decode(),
+    "a PNG of another size": base64.b64encode(_PNG).decode(),
+    "a PNG of 40 billion pixels": base64.b64encode(_HEADER).decode(),
+    "a colour PNG": base64.b64encode(encoded(Image.new("RGB", (8, 8)))).decode(),
+}
+"""None is a map that a model could be told: for each it has to know what is wrong, or that it knows no maps."""
+
+
 def malformed_requests() -> Iterator[Malformed]:
-    """Every one of them, more than 200."""
+    """Every one of them, more than 300; those with a style, a caption or a map are not for models that know these."""
     for name, body in _BODIES.items():
         yield Malformed(name, body)
     for value in _VALUES:
@@ -75,8 +99,9 @@ def malformed_requests() -> Iterator[Malformed]:
             if isinstance(value, int) and not isinstance(value, bool) and key != "seed":
                 continue  # numbers have their own list below
             yield Malformed(f"{key} is {str(value)[:20]}", json.dumps({key: value}).encode())
-        if not isinstance(value, str):
-            yield Malformed(f"class is {str(value)[:20]}", json.dumps({"class": value}).encode())
+        for key in ("class", "style", "text", "map"):
+            if not isinstance(value, str) or key == "map":
+                yield Malformed(f"{key} is {str(value)[:20]}", json.dumps({key: value}).encode())
     for count in _COUNTS:
         yield Malformed(f"n is {count}", json.dumps({"n": count}).encode())
         yield Malformed(f"steps are {count}", json.dumps({"steps": count if count != 65 else 101}).encode())
@@ -84,7 +109,16 @@ def malformed_requests() -> Iterator[Malformed]:
         yield Malformed(f"class is {text[:20]!r}", json.dumps({"class": text}).encode())
         yield Malformed(f"the key is {text[:20]!r}", json.dumps({text: 1}).encode())
         yield Malformed(f"seed is {text[:20]!r}", json.dumps({"seed": text}).encode())
-    for key in ("sead", "Seed", "SEED", "count", "guidance", "batch", "model", "__class__", "constructor", "seed "):
+        yield Malformed(f"style is {text[:20]!r}", json.dumps({"style": text}).encode())
+    for key in ("class", "style", "text"):
+        yield Malformed(f"{key} has half a character", json.dumps({key: "flags \ud83d"}).encode())
+        yield Malformed(f"{key} is long", json.dumps({key: "flags " * 90}).encode())
+    yield Malformed("the key has half a character", json.dumps({"\udc00": 1}).encode())
+    yield Malformed("a caption for a model without", b'{"text": "red apple"}')
+    for name, content in _MAPS.items():
+        yield Malformed(f"the map is {name}", json.dumps({"map": content}).encode())
+    unknown = ("sead", "Seed", "SEED", "count", "Style", "caption", "maps", "guidance", "model", "__class__", "seed ")
+    for key in unknown:
         yield Malformed(f"unknown key {key}", json.dumps({key: 1}).encode())
     for bytes_more in (1, 1_000, 100_000, 5_000_000):
         yield Malformed(f"{bytes_more} bytes too many", b" " * (MOST_BYTES + bytes_more), status=413)

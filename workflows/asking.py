@@ -23,6 +23,8 @@ from infra.errors import InputError
 from workflows.bundle import LoadedBundle, class_index
 from workflows.label_maps import NO_LABEL, fitted_map
 
+_NO_PICTURE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises about bytes that are no picture, or half of one."""
 _LEAST_SIMILARITY = 0.3
 """Cosine below which a caption has nothing to do with any that the prior has learned."""
 
@@ -137,7 +139,10 @@ def _map(bundle: LoadedBundle, content: bytes | None) -> NDArray[np.int16]:
             "hint: leave --map out, or train a prior with prior.model.conditions=[class,map]"
         )
     height, width = bundle.vq.config.image_size
-    image = Image.open(io.BytesIO(content))
+    try:
+        image = Image.open(io.BytesIO(content))  # the header alone: what is too large is never inflated
+    except _NO_PICTURE as error:
+        raise InputError(f"--map is no picture: {_reason(error)}\nhint: save it as a grey or palette PNG") from error
     if image.mode not in ("L", "P", "1"):
         raise InputError(
             f"--map must have one byte a pixel, the label: mode {image.mode}\nhint: save it as a grey or palette PNG"
@@ -147,7 +152,10 @@ def _map(bundle: LoadedBundle, content: bytes | None) -> NDArray[np.int16]:
             f"--map must be {width} x {height} pixels: {image.size[0]} x {image.size[1]}\n"
             "hint: resize it without smoothing (nearest neighbour)"
         )
-    labels = np.asarray(image).astype(np.int64)
+    try:
+        labels = np.asarray(image).astype(np.int64)
+    except _NO_PICTURE as error:
+        raise InputError(f"--map is damaged: {_reason(error)}\nhint: save it again") from error
     strangers = sorted(set(np.unique(labels).tolist()) - set(range(config.map_labels)) - {NO_LABEL})
     if strangers:
         raise InputError(
@@ -155,6 +163,11 @@ def _map(bundle: LoadedBundle, content: bytes | None) -> NDArray[np.int16]:
             "hint: use the labels of the training maps"
         )
     return fitted_map(content, config.map_size)
+
+
+def _reason(error: BaseException) -> str:
+    """The error's words without the buffer that Pillow names."""
+    return " ".join(str(error).partition(" <_io")[0].split())[:80]
 
 
 def read_map(path: Path) -> bytes:

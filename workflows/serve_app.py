@@ -1,6 +1,7 @@
 """The picture server on Ray Serve: requests in, batches of pictures drawn, PNG out; it follows the champion.
 
-    POST /draw      {"seed": 7, "n": 4, "class": "flags", "steps": 16}, every key optional
+    POST /draw      {"seed": 7, "n": 4, "class": "flags", "steps": 16}, every key optional; also style, text and map
+                    (a PNG in base64) where the model was trained with them
     GET  /health    which version draws, and what keeps a newer one from it
     GET  /metrics   counters for Prometheus, of the replica that answers
 
@@ -14,10 +15,11 @@ import asyncio
 import base64
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from infra.errors import InputError
 from infra.models import Registry
 from infra.tracking import Tracker
+from workflows.asking import Asked
 from workflows.bundle import SERVED_BATCH
 from workflows.config import ServeSettings
 from workflows.registry import load_version
@@ -39,6 +42,8 @@ from workflows.serving import Holder, Item, ServedModel, try_out
 _log = logging.getLogger(__name__)
 APPLICATION = "hvqd"
 _ROUTES = {"/draw": "POST", "/health": "GET", "/metrics": "GET"}
+_OPTION = re.compile(r"--(class|style|text|map)\b")
+"""The command line's messages speak of options; here they are keys."""
 _LATENCIES = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -163,24 +168,28 @@ class Pictures:
         seeds, steps = seeds_for(asked.seed, asked.count), asked.steps or model.sampling.steps
         if steps > self._served.settings.max_steps:
             steps = self._served.settings.max_steps
-        try:
-            labels = model.labels(asked.label, seeds)
-        except InputError as error:
-            problem, _, hint = str(error).partition("\nhint: ")
-            raise BadRequest(problem, hint) from error
         async with self._place_for(asked.count):
-            items = [Item(model, seed, label, steps) for seed, label in zip(seeds, labels, strict=True)]
+            try:
+                items = await self._items(model, asked.asked, seeds, steps)
+            except InputError as error:
+                problem, _, hint = _OPTION.sub(r"\1", str(error)).partition("\nhint: ")
+                raise BadRequest(problem, hint) from error
             drawn = await asyncio.gather(*[self._draw_one(item) for item in items])
-        names = [model.bundle.classes[label] if label >= 0 else None for label in labels]
         pictures = [base64.b64encode(png).decode() for png in drawn]
         return {
             "model": self._served.model,
             "version": model.version,
             "seed": asked.seed,
             "steps": steps,
-            "class": names,
+            "class": [item.asked.label for item in items],
             "images": pictures,
         }
+
+    async def _items(self, model: ServedModel, asked: Asked, seeds: Sequence[int], steps: int) -> list[Item]:
+        if asked.text is None and asked.map_png is None:
+            return model.items(asked, seeds, steps)
+        # A caption goes through a network of its own, which other requests need not wait for.
+        return await asyncio.get_running_loop().run_in_executor(None, model.items, asked, seeds, steps)
 
     @contextlib.asynccontextmanager
     async def _place_for(self, count: int) -> AsyncIterator[None]:

@@ -5,16 +5,22 @@ Everything here is a function of the bytes that came in, so that what a stranger
 
 from __future__ import annotations
 
+import base64
+import binascii
 import difflib
 import json
 import secrets
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-_FIELDS = ("seed", "n", "class", "steps")
+from workflows.asking import Asked
+
+_FIELDS = ("seed", "n", "class", "style", "text", "map", "steps")
 _EXAMPLE = '{"seed": 7, "n": 4, "class": "flags", "steps": 16}'
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 _SHOWN = 80
+_LONGEST_TEXT = 500
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class BadRequest(Exception):  # noqa: N818 - it is what HTTP calls it
@@ -26,8 +32,9 @@ class BadRequest(Exception):  # noqa: N818 - it is what HTTP calls it
         self.error, self.hint, self.status = error, hint, status
 
     def as_json(self) -> dict[str, str]:
-        """The answer's body."""
-        return {"error": self.error, "hint": self.hint}
+        """The answer's body, in characters that UTF-8 has."""
+        both = {"error": self.error, "hint": self.hint}
+        return {name: text.encode("utf-8", "backslashreplace").decode() for name, text in both.items()}
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ class DrawRequest:
     seed: int
     """Picture i is drawn from (seed, i) alone, as `hvqd sample --seed` does."""
     count: int
-    label: str | None
-    """Class name; None draws classes as often as the data has them."""
+    asked: Asked
+    """Class, style, caption and label map; where nothing is said, classes come as often as the data has them."""
     steps: int | None
     """None takes what the model's makers recommend."""
 
@@ -68,17 +75,19 @@ def read_request(body: bytes, limits: Limits) -> DrawRequest:
             close = difflib.get_close_matches(key[:_SHOWN], _FIELDS, n=1)
             remedy = f"did you mean {close[0]}?" if close else f"for example {_EXAMPLE}"
             raise BadRequest(f"unknown key: {key[:_SHOWN]!r} ({', '.join(_FIELDS)})", remedy)
-    label = value.get("class")
-    if label is not None and (not isinstance(label, str) or not label.strip() or len(label) > _SHOWN):
-        shown = label[:_SHOWN] if isinstance(label, str) else _kind(label)
-        raise BadRequest(f"class must be the name of a class or null: {shown!r}", "leave it out for a class by chance")
+    asked = Asked(
+        label=_text(value, "class", "the name of a class", "leave it out for a class by chance"),
+        style=_text(value, "style", "the name of a style", "leave it out for any style"),
+        text=_text(value, "text", "a caption", "leave it out, or say what there is to see", _LONGEST_TEXT),
+        map_png=_png(value),
+    )
     seed = _whole(value, "seed", _SMALLEST, _LARGEST)
     steps = _whole(value, "steps", 1, limits.steps)
     count = _whole(value, "n", 1, limits.pictures)
     return DrawRequest(
         seed=secrets.randbits(63) if seed is None else seed,
         count=1 if count is None else count,
-        label=label,
+        asked=asked,
         steps=steps,
     )
 
@@ -101,6 +110,36 @@ def _parsed(body: bytes) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise BadRequest(f"{name} is no JSON number", f"for example {_EXAMPLE}")
+
+
+def _text(value: dict[str, Any], key: str, what: str, hint: str, longest: int = _SHOWN) -> str | None:
+    found = value.get(key)
+    if found is None:
+        return None
+    if not isinstance(found, str) or not found.strip() or len(found) > longest:
+        shown = repr(found[:_SHOWN]) if isinstance(found, str) else _kind(found)
+        raise BadRequest(f"{key} must be {what}, of at most {longest} characters, or null: {shown}", hint)
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:  # JSON can name halves of a character
+        raise BadRequest(f"{key} has half a character: {found[:_SHOWN]!r}", hint) from error
+    return found
+
+
+def _png(value: dict[str, Any]) -> bytes | None:
+    """The bytes of a label map."""
+    found, how = value.get("map"), "encode the file of a grey PNG in base64, or leave it out"
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise BadRequest(f"map must be a PNG in base64 or null, not {_kind(found)}", how)
+    try:
+        content = base64.b64decode(found, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRequest(f"map is not base64: {str(error)[:_SHOWN]}", how) from error
+    if not content.startswith(_PNG):
+        raise BadRequest("map is no PNG", how)
+    return content
 
 
 def _whole(value: dict[str, Any], key: str, low: int, high: int) -> int | None:

@@ -11,12 +11,16 @@ import io
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from PIL import Image
 
-from workflows.bundle import LoadedBundle, class_index, served_sampling
+from hvqd_model.prior.conditions import Conditions
+from infra.errors import InputError
+from workflows.asking import Asked, resolve
+from workflows.bundle import LoadedBundle, served_sampling
 from workflows.config import SamplingSettings
 from workflows.generate import Pictures, draw_images
 
@@ -38,20 +42,32 @@ class ServedModel:
         """The version, drawing as its makers recommend."""
         return cls(version, bundle, served_sampling(bundle))
 
-    def draw(self, seeds: Sequence[int], labels: Sequence[int], steps: int) -> Pictures:
+    def draw(self, seeds: Sequence[int], conditions: Conditions, steps: int) -> Pictures:
         """(n, H, W, 3) pictures."""
         sampling = self.sampling.model_copy(update={"steps": steps})
-        return draw_images(self.bundle.vq, self.bundle.prior, seeds, labels, sampling)
+        return draw_images(self.bundle.vq, self.bundle.prior, seeds, conditions, sampling)
 
-    def labels(self, name: str | None, seeds: Sequence[int]) -> list[int]:
-        """A class for each picture.
+    def conditions(self, asked: Asked, seeds: Sequence[int]) -> Conditions:
+        """What is asked of every picture, as the prior is told it.
 
         Raises:
-            InputError: the model does not know the class.
+            InputError: the model was not trained with it, or does not know the name.
         """
-        if name is None:
-            return self.bundle.draw_labels(seeds)
-        return [class_index(name, self.bundle.classes)] * len(seeds)
+        return resolve(self.bundle, seeds, [asked] * len(seeds))
+
+    def items(self, asked: Asked, seeds: Sequence[int], steps: int) -> list[Item]:
+        """The pictures of a request.
+
+        Raises:
+            InputError: as `conditions`.
+        """
+        found, classes = self.conditions(asked, seeds), self.bundle.classes
+        made = []
+        for place, (seed, label) in enumerate(zip(seeds, found.labels.tolist(), strict=True)):
+            row = found.each(lambda part, place=place: part[place : place + 1])  # type: ignore[misc]
+            own = replace(asked, label=classes[label]) if label >= 0 else asked
+            made.append(Item(self, seed, own, row, steps))
+        return made
 
 
 def try_out(model: ServedModel) -> None:
@@ -60,7 +76,7 @@ def try_out(model: ServedModel) -> None:
     Raises:
         RuntimeError: it is not of the model's size, or is all of one colour.
     """
-    pictures = model.draw([_TRIAL_SEED], model.labels(None, [_TRIAL_SEED]), model.sampling.steps)
+    pictures = model.draw([_TRIAL_SEED], model.conditions(Asked(), [_TRIAL_SEED]), model.sampling.steps)
     expected = (1, *model.bundle.vq.config.image_size, 3)
     if pictures.shape != expected:
         raise RuntimeError(f"version {model.version} draws pictures of {pictures.shape}, not {expected}")
@@ -74,8 +90,25 @@ class Item:
 
     model: ServedModel
     seed: int
-    label: int
+    asked: Asked
+    """By names, which another model understands, too; with the class that was drawn."""
+    conditions: Conditions
+    """The same for this model, a single row."""
     steps: int
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What can be drawn together: one model, as many steps, told the same things.
+
+        What a neighbour is told would change nothing but the rounding; a picture is the same bit for bit.
+        """
+        return id(self.model), self.steps, *(part is None for part in self.conditions)
+
+
+def together(rows: Sequence[Conditions]) -> Conditions:
+    """The conditions of several pictures that are told the same things."""
+    parts = (None if column[0] is None else torch.cat(column) for column in zip(*rows, strict=True))
+    return Conditions(*parts)  # type: ignore[arg-type]
 
 
 class Holder:
@@ -125,27 +158,29 @@ class Holder:
         return True
 
     def draw(self, items: Sequence[Item]) -> list[bytes]:
-        """A PNG for each item; items of one model and number of steps are drawn together."""
+        """A PNG for each item; items of one kind are drawn together."""
         found: dict[int, bytes] = {}
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[object, ...], list[int]] = {}
         for place, item in enumerate(items):
-            groups.setdefault((id(item.model), item.steps), []).append(place)
+            groups.setdefault(item.kind, []).append(place)
         for places in groups.values():
-            model, steps = items[places[0]].model, items[places[0]].steps
-            seeds = [items[place].seed for place in places]
-            labels = [items[place].label for place in places]
-            pictures = self._draw(model, seeds, labels, steps)
+            pictures = self._draw([items[place] for place in places])
             found |= {place: as_png(picture) for place, picture in zip(places, pictures, strict=True)}
         return [found[place] for place in range(len(items))]
 
-    def _draw(self, model: ServedModel, seeds: Sequence[int], labels: Sequence[int], steps: int) -> Pictures:
+    def _draw(self, items: Sequence[Item]) -> Pictures:
+        model, steps, seeds = items[0].model, items[0].steps, [item.seed for item in items]
         try:
-            pictures = model.draw(seeds, labels, steps)
+            pictures = model.draw(seeds, together([item.conditions for item in items]), steps)
         except Exception as error:
             before = self._go_back(model, error)
-            if before is None or before.bundle.classes != model.bundle.classes:
+            if before is None:
                 raise
-            return before.draw(seeds, labels, steps)
+            try:
+                again = together([before.conditions(item.asked, [item.seed]) for item in items])
+            except InputError:  # the one before was not trained with what is asked
+                raise error from None
+            return before.draw(seeds, again, steps)
         with self._lock:
             if model is self._current and self._before is not None:
                 self._proved += 1

@@ -20,6 +20,8 @@ from tests.conftest import FinishedRun
 from tests.malformed_requests import MOST_BYTES, malformed_requests
 from tests.served import Running, serving
 from tests.services import free_ports
+from tests.unit.test_drawing import map_png, save
+from workflows.asking import Asked, resolve
 from workflows.bundle import load_bundle, served_sampling
 from workflows.generate import draw_images
 from workflows.sample_command import seeds_for
@@ -27,6 +29,7 @@ from workflows.serving import as_png
 
 _SWAP_SECONDS = 120.0
 _MEMORY_BYTES = 60 * 2**20
+_FLAT_BYTES = 8 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_a_request_draws_what_sample_draws_however_it_is_batched(server: Running
 
 def test_200_malformed_requests_are_refused_by_name_and_leave_the_server_as_it_was(server: Running) -> None:
     cases = list(malformed_requests())
-    assert len(cases) >= 200
+    assert len(cases) >= 300
     server.draw(seed=1)
     replica = _replica(server)
     before = _resident_bytes(replica)
@@ -80,6 +83,10 @@ def test_200_malformed_requests_are_refused_by_name_and_leave_the_server_as_it_w
     assert server.health()["status"] == "ok" and len(server.draw(seed=1)["images"]) == 1
     assert _replica(server) == replica, "the same process as before"
     assert _resident_bytes(replica) - before < _MEMORY_BYTES
+    after_once = _resident_bytes(replica)
+    for case in cases:
+        assert server.ask(case.method, case.path, case.body, case.headers)[0] == case.status, case.name
+    assert _resident_bytes(replica) - after_once < _FLAT_BYTES, "what is asked again leaves nothing behind"
     assert not Path("/tmp/owned").exists()
 
 
@@ -119,6 +126,38 @@ def test_a_swap_under_load_drops_no_request_and_a_version_that_fails_never_takes
     assert failures == [] and set(seen) == {"1", whole} and len(seen) > 5
     counted = server.metrics()
     assert (counted["hvqd_swaps_total"], counted["hvqd_returns_total"]) == (1, 0)
+
+
+def test_a_request_says_style_caption_and_map_where_the_model_was_trained_with_them(
+    server: Running, tmp_path: Path
+) -> None:
+    registry = Registry(f"sqlite:///{server.root}/mlflow.db")
+    folder, told = Path(shutil.copytree(registry.source("hvqd", "1"), tmp_path / "told")), save(tmp_path)
+    shutil.rmtree(folder / "artifacts" / "bundle")
+    shutil.copytree(told, folder / "artifacts" / "bundle")
+    run = registry.client.search_runs(["1"], max_results=1)[0].info.run_id
+    version = registry.create("hvqd", str(folder), run, {}, "told everything")
+    registry.set_alias("hvqd", "champion", version)
+    _await("the swap", lambda: server.health()["version"] == version)
+    bundle, seeds = load_bundle(told), seeds_for(7, 2)
+    asked = Asked("dogs", "oil", "red apple", map_png(2))
+    sampling = served_sampling(bundle).model_copy(update={"steps": 2})
+    expected = draw_images(bundle.vq, bundle.prior, seeds, resolve(bundle, seeds, [asked] * 2), sampling)
+    answer = server.draw(seed=7, n=2, steps=2, **asked.as_json())
+    assert [base64.b64decode(image) for image in answer["images"]] == [as_png(image) for image in expected]
+    refused: dict[str, tuple[object, str, str]] = {
+        "style": ("oils", "no such style: oils (the model knows ink, oil)", "did you mean 'oil'?"),
+        "text": (" ", "text must be a caption, of at most 500 characters, or null: ' '", "leave it out, or say"),
+        "map": (
+            base64.b64encode(map_png(size=(8, 16))).decode(), "map must be 16 x 16 pixels: 16 x 8", "resize it without"
+        ),
+    }  # fmt: skip
+    for key, (value, error, hint) in refused.items():
+        status, body = server.ask("POST", "/draw", json.dumps({key: value}).encode())
+        said = json.loads(body)
+        assert (status, said["error"]) == (400, error) and said["hint"].startswith(hint)
+    registry.set_alias("hvqd", "champion", "1")
+    _await("the swap back", lambda: server.health()["version"] == "1")
 
 
 def test_a_port_that_is_taken_and_a_registry_without_champion_are_named(
