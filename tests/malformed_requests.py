@@ -91,7 +91,7 @@ _MAPS: dict[str, str] = {
 
 
 def malformed_requests() -> Iterator[Malformed]:
-    """Every one of them, more than 300; those with a style, a caption or a map are not for models that know these."""
+    """Every one of them, more than 280; those with a style, a caption or a map are not for models that know these."""
     for name, body in _BODIES.items():
         yield Malformed(name, body)
     for value in _VALUES:
