@@ -1,7 +1,7 @@
 """How often does the no-regression gate refuse a version that is as good as the champion, and let a worse one through?
 
-A pool of pictures is drawn from one trained model (tiny's, from `runs/tiny` if it has been run, otherwise trained
-here), and their features taken once. A trial draws the champion's evaluation and the new version's from the pool,
+A pool of pictures is drawn from one trained model (that of `--root`; else tiny's, from `runs/tiny` if it has been run,
+otherwise trained here), and their features taken once. A trial draws the champion's evaluation and the new version's from the pool,
 2,000 pictures each and no picture in both, and resamples the test concepts; then it asks `max_kid_regression` at its
 default, 10 %. Versions that are worse by a known amount have a share of pictures of independent codes among theirs,
 such that over the whole pool their KID is larger by 10, 20 or 30 %. `standard_error` is what the gate itself states.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +226,12 @@ def measure(quick: bool, seed: int) -> Figures:
     """The rates at the default number of samples; quickly, of a stand-in that has learned nothing."""
     if quick:
         return rates(_stand_in(), _QUICK_PICTURES, _QUICK_TRIALS, seed)
-    return rates(draw_pool(trained_root(), _POOL, _MARGINALS), EvaluationSettings().samples, _TRIALS, seed)
+    return measure_root(trained_root(), quick, seed)
+
+
+def measure_root(root: Path, quick: bool, seed: int) -> Figures:
+    """The rates of one trained model, at the default number of samples."""
+    return rates(draw_pool(root, _POOL, _MARGINALS), EvaluationSettings().samples, _TRIALS, seed)
 
 
 def _stand_in() -> Pool:
@@ -245,6 +251,7 @@ BENCHMARK = Benchmark(
     parts={"rates": measure},
     targets=(Target("false_refusals", "<=", 0.05), Target("caught_20_percent_worse", ">=", 0.95)),
     repeats=1,
+    of_root=lambda root: {"rates": partial(measure_root, root)},
 )
 
 if __name__ == "__main__":
