@@ -1,10 +1,11 @@
 """How often does the no-regression gate refuse a version that is as good as the champion, and let a worse one through?
 
 A pool of pictures is drawn from one trained model (that of `--root`; else tiny's, from `runs/tiny` if it has been run,
-otherwise trained here), and their features taken once. A trial draws the champion's evaluation and the new version's from the pool,
-2,000 pictures each and no picture in both, and resamples the test concepts; then it asks `max_kid_regression` at its
-default, 10 %. Versions that are worse by a known amount have a share of pictures of independent codes among theirs,
-such that over the whole pool their KID is larger by 10, 20 or 30 %. `standard_error` is what the gate itself states.
+otherwise trained here), and their features taken once. A trial draws the champion's evaluation and the new version's
+from the pool, 2,000 pictures each and no picture in both, and resamples the test concepts; then it asks
+`max_kid_regression` at its default, 10 %. Versions that are worse by a known amount have a share of pictures of
+independent codes among theirs, such that over the whole pool their KID is larger by 10, 20 or 30 %. `standard_error` is
+what the gate itself states.
 """
 
 from __future__ import annotations
