@@ -5,7 +5,8 @@ otherwise trained here), and their features taken once. A trial draws the champi
 from the pool, 2,000 pictures each and no picture in both, and resamples the test concepts; then it asks
 `max_kid_regression` at its default, 10 %. Versions that are worse by a known amount have a share of pictures of
 independent codes among theirs, such that over the whole pool their KID is larger by 10, 20 or 30 %. `standard_error` is
-what the gate itself states.
+what the gate itself states; `too_unsure` is the share of comparisons that `max_kid_regression_error` would refuse
+whatever they show.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from workflows.loading import config_from, load_config, read_remembered
 _POOL, _QUICK_POOL = 8_000, 600
 _MARGINALS, _QUICK_MARGINALS = 2_000, 300
 _TRIALS, _QUICK_TRIALS = 1_000, 200
+_TRIALS_AT_ONCE = 250
 _RESAMPLES = 400
 _WORSE = (0.1, 0.2, 0.3)
 _QUICK_PICTURES = 200
@@ -129,6 +131,9 @@ class Kernels:
         self.among = torch.empty(len(pictures), len(pictures), dtype=torch.float32)
         for start in range(0, len(pictures), _AT_ONCE):
             self.among[start : start + _AT_ONCE] = _kernel(pictures[start : start + _AT_ONCE], pictures).float()
+        self.level = float(self.among.mean(dtype=torch.float64))
+        """Taken off, so that sums in single precision keep the digits that a KID is made of."""
+        self.among -= self.level
         across = _kernel(pictures, test)
         blocks = torch.zeros(len(pictures), len(names), dtype=torch.float64)
         self.blocks = blocks.index_add_(1, torch.from_numpy(groups), across)
@@ -139,16 +144,22 @@ class Kernels:
 
     def parts(self, rows: NDArray[np.int64]) -> KidParts:
         """What `hvqd_model.metrics.kid_parts` gives for these pictures."""
-        chosen = torch.from_numpy(rows)
-        among, across, count = self.among[chosen][:, chosen].double(), self.blocks[chosen], len(rows)
-        row = among.sum(1) - among.diagonal()
-        influence = 2 * (row / (count - 1) - across.sum(1) / sum(self.counts))
-        return KidParts(
-            within=float(row.sum() / (count * (count - 1))),
-            across=tuple(across.mean(0).tolist()),
-            counts=self.counts,
-            set_error=float(influence.std() / count**0.5),
-        )
+        return self.parts_of(rows[None])[0]
+
+    def parts_of(self, sets: NDArray[np.int64]) -> list[KidParts]:
+        """The same for each of (T, n) sets: one product with the kernel instead of a look-up a pair."""
+        chosen = torch.from_numpy(sets)
+        trials, count = chosen.shape
+        marks = torch.zeros(trials, len(self.among)).scatter_(1, chosen, 1.0)
+        row = (marks @ self.among).gather(1, chosen).double() - self.among.diagonal()[chosen].double()
+        row = row / (count - 1) + self.level
+        across = marks.double() @ self.blocks / count
+        seen = self.blocks.sum(1)[chosen] / sum(self.counts)
+        spread = (2 * (row - seen)).std(1) / count**0.5
+        return [
+            KidParts(within=float(within), across=tuple(one.tolist()), counts=self.counts, set_error=float(error))
+            for within, one, error in zip(row.mean(1), across, spread, strict=True)
+        ]
 
     def kid(self, parts: KidParts) -> float:
         """The KID of a set of which these are the parts."""
@@ -160,7 +171,7 @@ class Kernels:
         one, other = (self.kid(self.parts(rows)) for rows in np.split(everything, [self.samples]))
         # KID is a squared distance of mean embeddings; with s and m those of the two sets, seen from the test set's,
         # |(1-a) s + a m|^2 = (1-a)^2 |s|^2 + 2a(1-a) s.m + a^2 |m|^2.
-        mean = float(self.among[: self.samples, self.samples :].double().mean())
+        mean = float(self.among[: self.samples, self.samples :].double().mean()) + self.level
         seen = [
             float(part.mean(0).sum()) / sum(self.counts) for part in self.blocks.split([self.samples, self.marginals])
         ]
@@ -177,17 +188,30 @@ def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def trial(kernels: Kernels, samples: int, share: float, rng: np.random.Generator) -> tuple[float, float]:
-    """Growth of the KID that one comparison shows, and its stated standard error."""
+def trials(
+    kernels: Kernels, samples: int, share: float, count: int, rng: np.random.Generator
+) -> list[tuple[float, float]]:
+    """Growth of the KID that each comparison shows, and its stated standard error."""
+    found: list[tuple[float, float]] = []
+    for start in range(0, count, _TRIALS_AT_ONCE):
+        drawn = [_drawn(kernels, samples, share, rng) for _ in range(min(_TRIALS_AT_ONCE, count - start))]
+        new, old = (kernels.parts_of(np.stack(sets)) for sets in zip(*drawn, strict=True))
+        for parts in zip(new, old, strict=True):
+            before = kernels.kid(parts[1])
+            again = _resampled(list(parts), rng)
+            difference, error = kid_difference(again[0], again[1], _RESAMPLES, seed=0)
+            found.append((difference / before, error / before))
+    return found
+
+
+def _drawn(
+    kernels: Kernels, samples: int, share: float, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pictures of a new version, a share of them worse, and of the champion; none is in both."""
     order = rng.permutation(kernels.samples)
     replaced = rng.binomial(samples, share)
     worse = kernels.samples + rng.choice(kernels.marginals, replaced, replace=False)
-    new = np.concatenate([order[samples : 2 * samples - replaced], worse])
-    parts = [kernels.parts(rows) for rows in (new, order[:samples])]
-    before = kernels.kid(parts[1])
-    drawn = _resampled(parts, rng)
-    difference, error = kid_difference(drawn[0], drawn[1], _RESAMPLES, seed=0)
-    return difference / before, error / before
+    return np.concatenate([order[samples : 2 * samples - replaced], worse]), order[:samples]
 
 
 def _resampled(parts: list[KidParts], rng: np.random.Generator) -> list[KidParts]:
@@ -204,22 +228,24 @@ def _resampled(parts: list[KidParts], rng: np.random.Generator) -> list[KidParts
     ]
 
 
-def rates(pool: Pool, samples: int, trials: int, seed: int) -> Figures:
-    """How often the gate refuses, for versions as good and for worse ones."""
-    limit = GateSettings().max_kid_regression
-    assert limit is not None
+def rates(pool: Pool, samples: int, count: int, seed: int) -> Figures:
+    """How often the gates of the comparison refuse, for versions as good and for worse ones."""
+    gates = GateSettings()
+    limit, unsure = gates.max_kid_regression, gates.max_kid_regression_error
+    assert limit is not None and unsure is not None
     rng, kernels = np.random.default_rng(seed), Kernels(pool)
-    figures: Figures = {"samples": float(samples), "trials": float(trials)}
+    figures: Figures = {"samples": float(samples), "trials": float(count)}
     errors: list[float] = []
     for growth in (0.0, *_WORSE):
         share = kernels.worse_share(growth) if growth else 0.0
-        found = [trial(kernels, samples, share, rng) for _ in range(trials)]
+        found = trials(kernels, samples, share, count, rng)
         refused = float(np.mean([value > limit for value, _ in found]))
         errors += [error for _, error in found] if not growth else []
         name = f"caught_{growth * 100:.0f}_percent_worse" if growth else "false_refusals"
         figures[name] = refused
         figures[f"spread_{growth * 100:.0f}"] = float(np.std([value for value, _ in found]))
     figures["standard_error"] = float(np.median(errors))
+    figures["too_unsure"] = float(np.mean([error > unsure for error in errors]))
     return figures
 
 

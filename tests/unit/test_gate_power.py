@@ -13,7 +13,7 @@ from hvqd_model.metrics import kid, kid_parts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # where the scripts find their runner
 
-from tests.benchmarks.gate_power import Kernels, Pool, _stand_in, rates, trial
+from tests.benchmarks.gate_power import Kernels, Pool, _stand_in, rates, trials
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_worse_mixture_is_worse_by_as_much_as_asked(pool: Pool) -> None:
 
 def test_equal_versions_grow_by_nothing_on_average_and_the_stated_error_is_the_spread(pool: Pool) -> None:
     kernels, rng = Kernels(pool), np.random.default_rng(0)
-    found = np.array([trial(kernels, 150, 0.0, rng) for _ in range(120)])
+    found = np.array(trials(kernels, 150, 0.0, 120, rng))
     spread = found[:, 0].std()
     assert abs(found[:, 0].mean()) < 4 * spread / 120**0.5
     assert np.median(found[:, 1]) == pytest.approx(spread, rel=0.35)
