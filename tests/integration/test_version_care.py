@@ -10,9 +10,11 @@ import pytest
 from infra.errors import GateRefusal, InputError
 from infra.models import Registry
 from infra.storage import open_store
+from tests.conftest import RegistryServer
 from tests.registry_place import Place
+from tests.services import S3Server, free_ports, mlflow_on, postgresql
 from workflows.promotion import rollback
-from workflows.registry import parts_tag
+from workflows.registry import parts_tag, version_problems
 from workflows.version_copy import ORIGIN_TAG, copy_version
 from workflows.version_gc import GONE_TAG, collect
 from workflows.versions import compare_versions, history, list_versions
@@ -105,6 +107,33 @@ def test_a_version_goes_to_another_registry_with_its_bytes_and_is_judged_there(p
     assert copy_version(place.context, place.tracker, first, to=to, dry_run=False).value["version"] == "2"
     with pytest.raises(GateRefusal, match="max_kid_regression fails"):
         production.promote("2")
+
+
+@pytest.mark.long
+def test_a_version_goes_from_a_staging_server_to_a_production_server_with_artifacts_of_its_own(
+    registry_server: RegistryServer, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in registry_server.env.items():
+        monkeypatch.setenv(name, value)
+    artifacts, (port,) = f"s3://{s3_server.bucket}/production", free_ports(1)
+    with (
+        postgresql() as database,
+        mlflow_on(database, artifacts, tmp_path, registry_server.env, port) as server,
+    ):
+        staging = Place(tmp_path / "staging", tracking={"uri": registry_server.address})
+        staging.clear()
+        production = Place(tmp_path / "production", tracking={"uri": server.address})
+        staging.promote(staging.version())
+        done = copy_version(staging.context, staging.tracker, "champion", to=server.address, dry_run=False)
+        assert (done.value["copied"], done.value["version"]) == (True, "1")
+        left, arrived = (open_store(place.registry.source("hvqd", "1")) for place in (staging, production))
+        assert arrived.url.startswith(artifacts) and not left.url.startswith(artifacts)
+        assert arrived.files() == left.files() and len(arrived.files()) == 7
+        left.delete()
+        production.promote("1")
+        production.check_consistent()
+        folder = production.registry.download("hvqd", "1", tmp_path / "arrived")
+        assert version_problems(folder, production.registry.tags("hvqd", "1")) == []
 
 
 def test_a_damaged_version_is_not_copied(place: Place, tmp_path: Path) -> None:
