@@ -1,253 +1,104 @@
-"""A Ray cluster of nodes that are started as people start them, with `ray start`, each under an address of its own.
-
-All nodes are on this machine. On loopback addresses they differ in their address alone; `two_hosts` gives each a network
-and mounts of its own, so that one of them can lack what the other has: a port, room on a disk, shared memory.
-"""
+"""Ray clusters of several machines, each on a loopback address of its own."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
+import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import pytest
+
+from infra.storage import Store
 from tests.chaos import MARK, processes
-from tests.command_line import environment
 from tests.services import free_ports
 
-_RAY = Path(sys.executable).with_name("ray")
-_START_SECONDS = 180.0
-_OBJECT_STORE_BYTES = 150 << 20
-_WORKER_PORTS = 100
-HOSTS = ("10.77.0.2", "10.77.0.3")
-"""Addresses in `two_hosts`."""
+_DEADLINE_SECONDS = 240.0
+QUICK_HEALTH = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "300",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+}
+"""With Ray's defaults the worker of a dead machine trains on for a while, and nothing is tested."""
 
 
-@dataclass
-class RayNodes:
-    """A cluster under way."""
+class Said:
+    """A progress that remembers."""
 
-    head: str
-    """The head's address, an IP."""
-    folder: Path
-    """Of sessions and logs; a short path, as Ray's sockets need."""
-    env: dict[str, str]
-    """What every node's processes have in their environment; nothing of this machine's credentials."""
-    within: tuple[str, ...] = ()
-    """A command that runs what asks the cluster from where its addresses are known."""
-    token: str = ""
-    _ports: list[int] = field(default_factory=lambda: free_ports(2))
-    _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.lines: list[str] = []
 
-    @property
-    def dashboard(self) -> str:
-        """Address of the Jobs API."""
-        return f"http://{self.head}:{self._ports[0]}"
+    def say(self, text: str) -> None:
+        """A line."""
+        self.lines.append(text)
 
-    @property
-    def address(self) -> str:
-        """What drivers and nodes connect to."""
-        return f"{self.head}:{self._ports[1]}"
+    def update(self, done: float, total: float, unit: str, note: str = "") -> None:
+        """Not looked at."""
 
-    def start(
-        self,
-        node: str,
-        *,
-        cpus: int = 1,
-        env: Mapping[str, str] | None = None,
-        within: Sequence[str] = (),
-        plasma: Path | None = None,
-    ) -> subprocess.Popen[bytes]:
-        """Start a node, the head first, and wait until the cluster knows it.
 
-        Args:
-            node: its IP.
-            env: more for its processes.
-            within: a command that runs the one named by its further arguments.
-            plasma: folder of the object store, where it shall not lie in /dev/shm.
-        """
-        agent, metrics, runtime, manager, objects, client, low, *_ = _port_block()
-        words = [str(_RAY), "start", "--block", "--disable-usage-stats", f"--node-ip-address={node}"]
-        words += [f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
-        # All ports are named: a firewall is told of them, and two nodes of one machine must not meet.
-        words += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"]
-        words += [f"--runtime-env-agent-port={runtime}", f"--node-manager-port={manager}"]
-        words += [f"--object-manager-port={objects}", f"--min-worker-port={low}"]
-        words += [f"--max-worker-port={low + _WORKER_PORTS}"]
-        if node == self.head:
-            words += ["--head", f"--port={self._ports[1]}", "--dashboard-host=0.0.0.0", "--include-dashboard=true"]
-            words += [f"--dashboard-port={self._ports[0]}", f"--ray-client-server-port={client}"]
-            words += [f"--temp-dir={self.folder}"]
-        else:
-            words += [f"--address={self.address}"]
-        if plasma is not None:
-            words += [f"--plasma-directory={plasma}"]
-        log = self.folder / f"{node}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*within, *words],
-                env={**self.env, **(env or {})},
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._started.append(process)
-        deadline = time.monotonic() + _START_SECONDS
-        while node not in (alive := self.alive()):
-            said = log.read_text(errors="replace")[-3000:]
-            assert process.poll() is None, f"the node {node} ended with status {process.returncode}:\n{said}"
-            assert time.monotonic() < deadline, f"no node {node} after {_START_SECONDS:.0f} s, only {alive}:\n{said}"
-            time.sleep(0.2)
-        return process
+def awaited(what: str, holds: Callable[[], bool], alive: Callable[[], bool], said: Callable[[], object]) -> None:
+    """Wait until something holds while the training is alive."""
+    deadline = time.monotonic() + _DEADLINE_SECONDS
+    while not holds():
+        assert alive(), f"the training ended before {what}: {said()}"
+        assert time.monotonic() < deadline, f"no sign of {what}: {said()}"
+        time.sleep(0.1)
 
-    def alive(self) -> list[str]:
-        """Addresses of the nodes that the cluster holds for alive; none where it does not answer."""
-        rows = self.ask("/api/v0/nodes?detail=1")
-        found = [] if rows is None else rows["data"]["result"]["result"]
-        return [row["node_ip"] for row in found if row["state"] == "ALIVE"]
 
-    def ask(self, path: str) -> Any:
-        """What the dashboard says as JSON; None where it does not answer."""
-        script = (
-            "import sys, urllib.request as u; "
-            "sys.stdout.write(u.urlopen(u.Request(sys.argv[1], headers={'Authorization': sys.argv[2]}), timeout=10)"
-            ".read().decode())"
-        )
-        url, token = f"{self.dashboard}{path}", f"Bearer {self.token}"
-        if self.within:
-            words = [*self.within, sys.executable, "-S", "-c", script, url, token]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            return json.loads(done.stdout) if done.returncode == 0 else None
-        try:
-            request = urllib.request.Request(url, headers={"Authorization": token})
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return json.load(response)
-        except (OSError, ValueError):
-            return None
+def has_checkpoint(checkpoints: Store, workers: int | None = None) -> bool:
+    """Whether a checkpoint is complete, of so many workers."""
+    wanted = "-w" if workers is None else f"-w{workers}-"
+    return any(checkpoints.child(n).exists("manifest.json") for n in checkpoints.children() if wanted in n)
 
-    def processes(self) -> dict[int, str]:
-        """Command lines of all that runs on the nodes, by pid."""
-        return processes(self.env[MARK])
 
-    def stop(self, process: subprocess.Popen[bytes], node: str) -> None:
-        """End a node as a lost machine ends, and wait until the cluster knows."""
+def end_all(mark: str) -> None:
+    """Kill what carries the mark."""
+    for pid in processes(mark):
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pid in self._of(node):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + _START_SECONDS
-        while node in self.alive():
-            assert time.monotonic() < deadline, f"{node} still counts as alive"
-            time.sleep(0.2)
-
-    def _of(self, node: str) -> list[int]:
-        """Processes of one node: its raylet and what that has started."""
-        raylets = {pid for pid, line in self.processes().items() if f"--node_ip_address={node} " in f"{line} "}
-        found = set(raylets)
-        while True:
-            more = {pid for pid in self.processes() if _parent(pid) in found} - found
-            if not more:
-                return sorted(found)
-            found |= more
-
-
-def _port_block() -> list[int]:
-    """Six free ports and the beginning of a range for workers, below what the kernel hands out by itself."""
-    ports = free_ports(6)
-    return [*ports, free_ports(1)[0]]
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError):
-        return 0
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
-def ray_nodes(head: str, *, token: str = "", within: Sequence[str] = ()) -> Iterator[RayNodes]:
-    """A cluster with a head and no other node yet; nothing of it is left in the end.
+def ray_nodes(monkeypatch: pytest.MonkeyPatch, *others: str) -> Iterator[Any]:
+    """A cluster of a head and machines at these addresses, one CPU each, and this process attached to it."""
+    for name, value in QUICK_HEALTH.items():
+        monkeypatch.setenv(name, value)
+    import ray
+    from ray.cluster_utils import Cluster
 
-    Args:
-        head: the head's IP.
-        token: what whoever asks must know; empty for a cluster without.
-        within: a command that runs what must see the head's network.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="hvqd-", dir="/tmp"))
     mark = uuid.uuid4().hex
-    env = environment(folder, {MARK: mark, "PATH": f"{_RAY.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"})
-    env |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "20"}
-    if token:
-        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    nodes = RayNodes(head, folder, env, tuple(within), token)
+    monkeypatch.setenv(MARK, mark)
+    port = free_ports(1)[0]
+    head = {"num_cpus": 1, "node_ip_address": "127.0.0.2", "include_dashboard": True, "dashboard_port": port}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        nodes.start(head, within=within)
-        yield nodes
+        for address in others:
+            cluster.add_node(num_cpus=1, node_ip_address=address)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        ray.init(address=cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="warning")
+        yield cluster
     finally:
-        for pid in nodes.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for process in nodes._started:
-            process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        ray.shutdown()
+        cluster.shutdown()
+        end_all(mark)  # some outlive `shutdown`
 
 
-_NETWORK = """
-set -e
-ip link set dev lo up
-unshare --net --mount sh -c 'ip link set dev lo up; echo $$ > other.new; mv other.new other; exec sleep infinity' &
-until [ -e other ]; do sleep 0.05; done
-ip link add name hvqd0 type veth peer name hvqd1
-ip link set dev hvqd1 netns $(cat other)
-ip addr add {first}/24 dev hvqd0
-ip link set dev hvqd0 up
-nsenter -t $(cat other) --net ip addr add {second}/24 dev hvqd1
-nsenter -t $(cat other) --net ip link set dev hvqd1 up
-echo $$ > one.new; mv one.new one
-exec sleep infinity
-"""
+def kill_node(cluster: Any) -> None:
+    """Its only machine besides the head is lost."""
+    (victim,) = cluster.worker_nodes
+    os.kill(victim.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
 
-@contextmanager
-def two_hosts(folder: Path) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Two machines as far as network and mounts go, at `HOSTS`: for each a command that runs another one there."""
-    script = _NETWORK.format(first=HOSTS[0], second=HOSTS[1])
-    mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", script],
-        env={**os.environ, MARK: mark},
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 30
-        while not (folder / "one").exists():
-            assert process.poll() is None, f"no network of two hosts: {process.stderr and process.stderr.read()}"
-            assert time.monotonic() < deadline, "waited 30 s for a network of two hosts"
-            time.sleep(0.05)
-        first, second = (int((folder / name).read_text()) for name in ("one", "other"))
-        enter = ("nsenter", "--user", "--net", "--mount")
-        yield (*enter, "-t", str(first)), (*enter, "-t", str(second))
-    finally:
-        for pid in processes(mark):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+class InThread:
+    """A call under way, and what it returned."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.result: list[Any] = []
+        self.thread = threading.Thread(target=lambda: self.result.append(call()), daemon=True)
+        self.thread.start()
