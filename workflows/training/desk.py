@@ -15,6 +15,7 @@ from infra.storage import Store
 from workflows.context import Context
 from workflows.training.alarms import Alarm
 from workflows.training.ledger import Goodput
+from workflows.training.meters import Meters, meters_for
 from workflows.training.patience import Warnings, persist
 from workflows.training.turn import Turn
 from workflows.training.watchdog import Watchdog
@@ -45,6 +46,7 @@ class Desk:
     """Whether the present group has taken a step."""
     goodput: Goodput = field(default_factory=Goodput)
     _watchdog: Watchdog | None = None
+    _meters: Meters | None = None
     _warnings: Warnings = field(default_factory=Warnings)
     _times_kept: float = 0.0
 
@@ -58,6 +60,8 @@ class Desk:
         """A new group of workers starts."""
         self.stopped, self.has_begun, self._watchdog = 0, False, watchdog
         self.goodput.begin()
+        stage, address = self.folder.url.rsplit("/", 1)[-1], self.context.config.compute.address
+        self._meters = meters_for(address, stage, self.context.root.url, rank=None)
 
     def keep_turn(self) -> None:
         """Renew the right to write here.
@@ -115,6 +119,8 @@ class Desk:
                 case "times":
                     self.has_begun = True
                     self.goodput.hear(*content)
+                    if self._meters is not None:
+                        self._meters.tell_times(self.goodput.summary())
                     if time.monotonic() - self._times_kept > _BETWEEN_SECONDS:
                         self.keep_times()
                 case "stopped":
