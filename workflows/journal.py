@@ -96,7 +96,7 @@ class Journal:
             except (ValueError, TypeError) as error:
                 raise InputError(
                     f"the journal entry {self.store.url}/{name} is damaged: {' '.join(str(error).split())}\n"
-                    "hint: restore the file from a copy; `hvqd models history --verify` says what else has changed"
+                    "hint: restore the file from a copy: no decision is made as long as the journal cannot be read"
                 ) from error
         return sorted(found, key=lambda entry: entry.number)
 

@@ -185,13 +185,20 @@ class Promoter:
 
     def _apply(self, entry: Entry, lease: Lease) -> None:
         if entry.action in MOVES:
-            for alias, version in (("champion", entry.champion), ("previous", entry.previous)):
+            lease.check_held()
+            self._point(entry)
+            if not lease.is_held():  # it slept between look and write: what the one after decided counts
+                self._point(self.journal.entries()[-1])
                 lease.check_held()
-                if version is not None:
-                    self.registry.set_alias(self.model, alias, version)
-                else:
-                    self.registry.drop_alias(self.model, alias)
         self.registry.set_tag(self.model, entry.version, ENTRY_TAG, entry.digest)
+
+    def _point(self, entry: Entry) -> None:
+        """Make the aliases what an entry says."""
+        for alias, version in (("champion", entry.champion), ("previous", entry.previous)):
+            if version is not None:
+                self.registry.set_alias(self.model, alias, version)
+            else:
+                self.registry.drop_alias(self.model, alias)
 
     def decide(
         self, lease: Lease, action: Action, version: str, reason: str, judgement: Judgement | None = None

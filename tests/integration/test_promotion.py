@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.errors import EnvironmentFailure, GateRefusal, InputError
+from infra.models import Registry
 from tests.conftest import RegistryServer
 from tests.integration.test_tracking import answering
 from tests.registry_place import KIDS, Place, race
@@ -224,6 +226,42 @@ def test_while_a_promoter_is_at_it_nobody_else_is(place: Place) -> None:
     ):
         pytest.fail("two at a time")
     place.promote(one)
+    place.check_consistent()
+
+
+class Sleepy(Registry):
+    """A registry whose user falls asleep just before an alias moves, and is overtaken meanwhile."""
+
+    def set_alias(self, model: str, alias: str, version: str) -> None:
+        work = ASLEEP.pop() if ASLEEP else None
+        if work is not None:
+            work()
+        super().set_alias(model, alias, version)
+
+
+ASLEEP: list[Callable[[], None]] = []
+"""What others do while the next user of a sleepy registry sleeps."""
+
+
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
+def test_who_wakes_after_being_overtaken_leaves_what_the_later_one_decided(place: Place) -> None:
+    one, two, three = (place.version() for _ in range(3))
+    place.promote(one)
+    late = replace(promoter_for(place.context, place.tracker), registry=Sleepy(place.registry.uri))
+
+    def overtake() -> None:
+        lease = place.journal_folder.child("lease")
+        held = max(lease.children())
+        lease.write_json(held, lease.read_json(held) | {"until": 0.0})  # it did not answer for too long
+        place.promote(three)
+
+    with late.turn("a promotion with a nap") as lease:
+        ASLEEP.append(overtake)
+        with pytest.raises(
+            EnvironmentFailure, match=r"was taken over because this process did not answer .*\nhint: see"
+        ):
+            late.decide(lease, "promote", two, "")
+    assert (place.champion, place.previous) == (three, two), "decided and applied, and then followed by another"
     place.check_consistent()
 
 
