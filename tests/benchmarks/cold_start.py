@@ -17,7 +17,7 @@ from runner import REPOSITORY, Benchmark, Figures, Target, main
 sys.path.insert(0, str(REPOSITORY))  # the nodes that the tests use, too
 
 from tests.command_line import HVQD, environment, run_hvqd
-from tests.ray_nodes import RayNodes, ray_nodes
+from tests.ray_hosts import RayNodes, ray_nodes
 
 NODES = ("127.0.0.2", "127.0.0.3")
 _DEADLINE_SECONDS = 600.0

@@ -20,7 +20,7 @@ import yaml
 from infra.storage import Store
 from tests.command_line import HVQD, Finished, environment, run_hvqd
 from tests.conftest import FinishedRun, RegistryServer
-from tests.ray_nodes import RayNodes, ray_nodes
+from tests.ray_hosts import RayNodes, ray_nodes
 from tests.services import S3Server
 
 TOKEN = "a-token-of-the-test-" + "0123456789abcdef" * 2

@@ -18,7 +18,7 @@ import pytest
 
 from infra.versions import versions
 from tests.command_line import Finished, environment, run_hvqd
-from tests.ray_nodes import HOSTS, RayNodes, ray_nodes, two_hosts
+from tests.ray_hosts import HOSTS, RayNodes, ray_nodes, two_hosts
 from tests.services import free_ports
 
 WELL, ILL = HOSTS
