@@ -68,7 +68,9 @@ def run_preflight(config: RunConfig, expected: Mapping[str, str], progress: Prog
     except (EnvironmentFailure, InputError) as error:
         first, _, rest = str(error).partition("\n")
         return [*findings, Finding("cluster", "driver", "fail", first, rest.removeprefix("hint: "))]
-    workers = _workers_with_room(config)
+    import ray
+
+    workers = workers_with_room(config, could_hold(ray.nodes(), bundle(compute)))
     if workers is None:
         asked = ", ".join(f"{amount:g} {name}" for name, amount in bundle(compute).items())
         text = f"the cluster's nodes have no room for {config.fewest_workers} workers of {asked} each"
@@ -84,11 +86,8 @@ def run_preflight(config: RunConfig, expected: Mapping[str, str], progress: Prog
     return [*findings, *_workers(config, plan, {facts.node: facts.host for facts in nodes})]
 
 
-def _workers_with_room(config: RunConfig) -> int | None:
-    """The number of workers that the job would start with on the cluster, were it empty; None where it is too small."""
-    import ray
-
-    possible = could_hold(ray.nodes(), bundle(config.compute))
+def workers_with_room(config: RunConfig, possible: int) -> int | None:
+    """The number of workers that the job would start with where so many have room; None where that is too little."""
     both = set(config.workers_for(config.vq.train)) & set(config.workers_for(config.prior.train))
     return max((count for count in both or {config.fewest_workers} if count <= possible), default=None)
 

@@ -38,7 +38,7 @@ from infra.preflight import (
 from workflows.config import RunConfig
 from workflows.loading import load_config
 from workflows.planner import Plan, estimate
-from workflows.preflight import _node_findings, _tracker
+from workflows.preflight import _node_findings, _tracker, workers_with_room
 from workflows.preflight_text import preflight_text
 
 VERSIONS = {"python": "3.11", "ray": "2.9.0", "torch": "2.6.0"}
@@ -243,6 +243,18 @@ def test_a_dead_tracker_is_a_failure_of_the_driver(tmp_path: Path) -> None:
         (found,) = _tracker(tiny(address, tmp_path))
     assert (found.check, found.where, found.verdict) == ("tracker", "driver", "fail")
     assert address in found.what and found.hint
+
+
+@pytest.mark.parametrize(
+    ("workers", "room", "tried"),
+    [("2", 2, 2), ("2", 9, 2), ("2", 1, None), ("{min: 1, max: 8}", 1, 1), ("{min: 1, max: 8}", 3, 2)],
+)
+def test_an_elastic_job_is_tried_with_the_most_workers_that_have_room_and_divide_its_batch(
+    workers: str, room: int, tried: int | None, tmp_path: Path
+) -> None:
+    settings = [f"{stage}.train.{size}" for stage in ("vq", "prior") for size in ("global_batch=64", "micro_batch=32")]
+    config = load_config("integration", None, [f"compute.workers={workers}", *settings], str(tmp_path / "root"))
+    assert workers_with_room(config, room) == tried
 
 
 def test_a_nodes_findings_follow_the_plan_of_the_configuration(tmp_path: Path) -> None:

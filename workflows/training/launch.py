@@ -248,23 +248,23 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
 
 
 def _trainer(*, own_cluster: bool) -> Any:
-    """Ray's trainer; on a cluster of one's own without its cleaner of placement groups.
+    """Ray's trainer without what no training here uses, each a process to wait for at the start.
 
-    The cleaner asks the State API, which such a cluster does not have: it would be a process that never ends. Nothing
-    is left there to clean but by a search, which stops trainings hard and gives back what they held (`tuning.search`).
+    That is the provider of Ray Data's datasets, and on a cluster of one's own the cleaner of placement groups: it asks
+    the State API, which such a cluster does not have, and would never end. Nothing is left there to clean but by a
+    search, which stops trainings hard and gives back what they held (`tuning.search`).
     """
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    if not own_cluster:
-        return TorchTrainer
+    unused = (DatasetsCallback, PlacementGroupCleanerCallback) if own_cluster else (DatasetsCallback,)
 
-    class WithoutCleaner(TorchTrainer):  # type: ignore[misc]
+    class Trainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
-    return WithoutCleaner
+    return Trainer
 
 
 def _causes(error: BaseException) -> list[BaseException]:
