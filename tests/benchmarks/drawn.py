@@ -164,7 +164,13 @@ class Jury:
         self.features = FeatureExtractor(FEATURE_SIZE)
         self._real = torch.from_numpy(self.features(np.asarray(judged.images)))
         self._groups = judged.groups
-        self._judge = ClassJudge(self.features(np.asarray(train.images)), train.labels, classes, RIDGE)
+        self._train, self._classes = train, classes
+
+    @cached_property
+    def _judge(self) -> ClassJudge:
+        """Learns when it is asked first: the features of all training pictures take their time."""
+        known = self.features(np.asarray(self._train.images))
+        return ClassJudge(known, self._train.labels, self._classes, RIDGE)
 
     def kid(self, features: NDArray[np.float32]) -> tuple[float, float]:
         """KID against the held-out pictures, and its standard error over concepts and samples."""

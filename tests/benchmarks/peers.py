@@ -163,7 +163,7 @@ class Contest:
                 prior = kept_model(
                     self.folder / f"prior-{side}",
                     HierarchicalPrior,
-                    lambda side=side, images=images: trained(trials[side](), images),  # type: ignore[misc]
+                    lambda side=side, images=images: trained(trials[side](), images),
                 )
                 drawers[side] = prior_drawing(materials[side], prior)
         return drawers, figures

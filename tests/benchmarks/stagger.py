@@ -66,7 +66,7 @@ def figures_of(material: Material, jury: Jury, folder: Path, budget: int, pictur
         name = name_of(at)
         images = max(1, round(budget * speed / fast[0] / batch)) * batch
         trial = partial(material.trial, ("stagger", at))
-        prior = kept_model(folder / f"prior-{name}", HierarchicalPrior, lambda t=trial, n=images: trained(t(), n))  # type: ignore[misc]
+        prior = kept_model(folder / f"prior-{name}", HierarchicalPrior, lambda t=trial, n=images: trained(t(), n))
         draw = drawing(material.vq, prior, material.config.sampling)
         features, seconds = drawn_features(folder / f"pictures-{name}", jury, seeds, asked, draw)
         figures |= {f"training_images_per_second_{name}": speed, f"training_images_{name}": float(images)}

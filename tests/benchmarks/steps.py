@@ -47,7 +47,7 @@ def curves(
     """
     seeds, asked = requests(material.class_rows, pictures, "steps")
     figures: Figures = {}
-    best = {}
+    best: dict[int, float] = {}
     for count in steps:  # all samplers at few steps first: those say most
         for sampler in SAMPLERS[family]:
             settings = sampling.model_copy(update={"steps": count, SETTINGS[family]: sampler})
