@@ -9,6 +9,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import yaml
 from mlflow import MlflowClient
 
 from tests.command_line import Finished, run_hvqd
@@ -70,6 +71,24 @@ def test_a_release_owner_judges_anew_promotes_and_takes_back(finished_run: Finis
         ("promote", "2"),
         ("rollback", "1"),
     ]
+
+
+def test_a_bundle_says_by_itself_what_it_was_made_of_and_how(finished_run: FinishedRun) -> None:
+    made = MlflowClient(f"sqlite:///{finished_run.root}/mlflow.db").get_model_version("hvqd", "1")
+    bundle = Path(made.source) / "artifacts" / "bundle"
+    described = json.loads((bundle / "bundle.json").read_text())
+    kinds = {"dataset", "vq", "codes", "prior", "evaluation"}
+    assert set(described["lineage"]) == set(described["runs"]) == kinds
+    assert len(set(described["runs"].values())) == 5 and described["commit"] == made.tags["hvqd.commit"]
+    assert described["preprocessing"]["image_size"] == [16, 16] and described["preprocessing"]["resize"] == "crop"
+    card = (bundle / "README.md").read_text()
+    told = {made.tags["hvqd.protocol"], described["commit"]}
+    told |= {*described["lineage"].values(), *described["runs"].values()}
+    assert [text for text in told if text not in card] == [] and card.strip() == made.description.strip()
+    settings = yaml.safe_load((bundle / "config.yaml").read_text())
+    assert settings["sampling"] == described["sampling"] and settings["data"]["source"] == "emoji"
+    measured = json.loads((bundle / "evaluation.json").read_text())
+    assert measured["protocol"]["extractor"]["weights_sha256"] and measured["figures"]["kid_samples"]["value"] > 0
 
 
 def test_a_changed_byte_in_a_version_is_named(finished_run: FinishedRun, tmp_path: Path) -> None:
