@@ -2,11 +2,12 @@
 
 The figures are those of `hvqd evaluate` (KID and recall on EfficientNet-Lite0's features), with the validation pictures
 in the place of the test pictures, which no search may see. At a rung the pictures are fewer, and drawn from the moving
-average of the weights in the newest checkpoint, while the workers train on.
+average of the weights in the rung's checkpoint, while the workers train on.
 """
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Mapping
@@ -26,7 +27,10 @@ from workflows.data.batches import CodeTable, ImageTable
 from workflows.features import FeatureExtractor
 from workflows.generate import decode_codes, draw_images, image_grid
 from workflows.sheets import to_png
+from workflows.training.catalog import Saved
 from workflows.training.inspection import export_checkpoint, find_checkpoints
+
+log = logging.getLogger(__name__)
 
 SAMPLES = "samples.png"
 """In the trial's folder: the first of its drawn pictures."""
@@ -38,30 +42,34 @@ _POLL_SECONDS = 0.2
 
 
 def judge_rung(context: Context, space: SearchSpace, images: int) -> tuple[int, Mapping[str, float]] | None:
-    """(images, figures) of the newest checkpoint once there is one of at least so many images.
+    """(images, figures) of the first checkpoint of at least so many images, once there is one.
 
     Returns:
-        None when there is none in time, or when it is that of the end, which is judged by more pictures.
+        None when there is none in time, when only that of the end is left, which is judged by more pictures, or when
+        the training has deleted it meanwhile.
     """
-    name = _awaited_checkpoint(context.root, images)
-    if name is None or name[1] >= space.images:
+    found = _awaited_checkpoint(context.root, images)
+    if found is None or found.images_seen >= space.images:
         return None
     with tempfile.TemporaryDirectory(prefix="hvqd-rung-") as folder:
         target = Path(folder) / "prior"
-        saved = export_checkpoint(context.config, context.root, "prior", name[0], target)
+        try:
+            export_checkpoint(context.config, context.root, "prior", found.name, target)
+        except (FileNotFoundError, InputError) as error:
+            log.warning("no pictures at the rung of %s images: %s", images, error)
+            return None
         prior = load_model(target)
     assert isinstance(prior, HierarchicalPrior)
-    return saved.images_seen, _judge(context, _tokenizer(context.root), prior, space.budget.rung_samples)
+    return found.images_seen, _judge(context, _tokenizer(context.root), prior, space.budget.rung_samples)
 
 
-def _awaited_checkpoint(root: Store, images: int) -> tuple[str, int] | None:
-    """Name and images of the newest good checkpoint of the prior, when it has at least so many images."""
+def _awaited_checkpoint(root: Store, images: int) -> Saved | None:
+    """The first good checkpoint of the prior that has at least so many images."""
     deadline = time.monotonic() + _CHECKPOINT_SECONDS
     while True:
-        good = (found for found in find_checkpoints(root, "prior") if found.saved is not None)
-        newest = next(good, None)
-        if newest is not None and newest.saved is not None and newest.saved.images_seen >= images:
-            return newest.name, newest.saved.images_seen
+        good = [found.saved for found in find_checkpoints(root, "prior") if found.saved is not None]
+        if late := [saved for saved in good if saved.images_seen >= images]:
+            return late[-1]  # they come newest first
         if time.monotonic() >= deadline:
             return None
         time.sleep(_POLL_SECONDS)
