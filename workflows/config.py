@@ -239,6 +239,8 @@ class ComputeSettings(Settings):
     """CPU threads of a training process."""
     gpus_per_worker: int = Field(0, ge=0, le=1)
     """1 trains on GPUs with NCCL, 0 on CPUs with gloo."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the models' blocks while they are trained; auto is on where a GPU has Triton, below ZeRO-3."""
     address: str | None = None
     """An existing Ray cluster (`auto`, host:port, ray://…); without it a local one is started and stopped."""
     max_failures: int = Field(3, ge=-1)

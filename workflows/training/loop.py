@@ -9,6 +9,7 @@ the training steps back to the newest checkpoint and goes on with a lower learni
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,8 +22,9 @@ from infra.errors import InputError
 from workflows.training import collectives
 from workflows.training.alarms import Alarm, find_alarms
 from workflows.training.engine import Engine, StepResult
+from workflows.training.feed import Feed
 from workflows.training.ledger import Ledger
-from workflows.training.stage import Position, RunningMean, Stage, learning_rate_at, place_on
+from workflows.training.stage import Position, RunningMean, Stage, learning_rate_at
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,7 @@ class _Training:
         self.engine, self.stage, self.checkpoints, self.reporter = engine, stage, checkpoints, reporter
         self.step_back, self.pending_order, self.ledger = step_back, pending_order, ledger
         self.settings = stage.settings
+        self.feed = Feed(stage.batch, engine.device)
         self.means = RunningMean()
         self.left_out = 0
         """Steps in a row that were not finite."""
@@ -139,8 +142,11 @@ class _Training:
         with self.ledger.time("restart"):
             self._go_on_from(self.checkpoints.restore(self.engine))
         self.began_at = self.state.images_seen
-        while self.state.images_seen < self.settings.images:
-            self._advance()
+        try:
+            while self.state.images_seen < self.settings.images:
+                self._advance()
+        finally:
+            self.feed.close()
         return self.state
 
     def _go_on_from(self, state: TrainState) -> None:
@@ -273,16 +279,25 @@ class _Training:
         if engine.rank == 0 and stage.picture is not None:
             self.reporter.picture(self.state.images_seen, stage.picture)
 
+    def _position(self, images_seen: int, micro: int) -> Position:
+        """Of this rank's part of a micro-batch."""
+        unit = self.settings.micro_batch
+        offset = (micro * self.engine.world + self.engine.rank) * unit
+        return Position(images_seen, offset, unit, self.settings.global_batch)
+
     def _step(self, images_seen: int) -> StepResult:
         """One global batch: micro-batches, the optimizer's step, and what the stage does after it."""
         engine, stage, settings, means = self.engine, self.stage, self.settings, self.means
         engine.module.train()
         merged: tuple[CodebookStatistics, ...] = ()
-        for micro in range(settings.global_batch // (settings.micro_batch * engine.world)):
-            offset = (micro * engine.world + engine.rank) * settings.micro_batch
+        count = settings.global_batch // (settings.micro_batch * engine.world)
+        positions = [self._position(images_seen, micro) for micro in range(count)]
+        after = images_seen + settings.global_batch
+        last = None if after >= settings.images else self._position(after, 0)
+        for position, following in itertools.zip_longest(positions, positions[1:], fillvalue=last):
+            assert position is not None
             with self.ledger.time("data", own=True):
-                batch = stage.batch(Position(images_seen, offset, settings.micro_batch, settings.global_batch))
-                inputs = place_on(engine.device, *batch)
+                inputs = self.feed.take(position, following)
             with self.ledger.time("steps", own=True):
                 output = engine.forward(*inputs)
             with self.ledger.time("steps"):

@@ -170,13 +170,21 @@ class RunningMean:
 
 
 def place_on(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
-    """Tensors (and tuples of tensors) on the device; copies overlap with computing on a GPU."""
+    """Tensors (and tuples of tensors) on the device; copies from page-locked memory overlap with computing on a GPU."""
+    return _each(lambda tensor: tensor.to(device, non_blocking=True), tensors)
 
-    def move(value: Any) -> Any:
+
+def pinned(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors (and tuples of tensors) in page-locked memory, for machines with a GPU."""
+    return _each(lambda tensor: tensor.pin_memory(), tensors)
+
+
+def _each(change: Callable[[Tensor], Tensor], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    def changed(value: Any) -> Any:
         if isinstance(value, Conditions):
-            return value.each(move)
+            return value.each(change)
         if isinstance(value, tuple):
-            return tuple(move(item) for item in value)
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            return tuple(changed(item) for item in value)
+        return change(value) if isinstance(value, Tensor) else value
 
-    return tuple(move(tensor) for tensor in tensors)
+    return tuple(changed(tensor) for tensor in tensors)

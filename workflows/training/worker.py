@@ -27,6 +27,7 @@ from workflows.data.conditions import ConditionSource
 from workflows.latents import statistics_of
 from workflows.training.alarms import Alarm, find_alarms
 from workflows.training.checkpoint import StoreCheckpoints
+from workflows.training.compiled import compile_blocks, should_compile
 from workflows.training.judges import build_judges
 from workflows.training.ledger import Ledger
 from workflows.training.loop import Record, StepBack, Stopped, train
@@ -129,6 +130,10 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     with Heart(beat, rank, ledger, actor):
         faults = job.config.compute.faults
         stage = persist(lambda: build_stage(job, device), "read the inputs", job.root, faults.patience_seconds)
+        compiling, why = should_compile(job.config.compute.compile, device, job.settings.zero_stage)
+        if compiling:
+            blocks = compile_blocks(stage.objective, strict=job.config.compute.compile == "on")
+            print(f"{job.stage}: {blocks} blocks are compiled, {why}")  # noqa: T201 - the worker's log
         engine = ZeroEngine(stage.objective, job.settings, device)
         checkpoints = checkpoints_of(job, stage.companion)
         meters.checkpoint_age = checkpoints.age_seconds
