@@ -37,7 +37,7 @@ from workflows.features import FeatureExtractor
 from workflows.generate import decode_codes, draw_images
 from workflows.loading import config_from, load_config, read_remembered
 
-_POOL, _QUICK_POOL = 8_000, 600
+_POOL, _QUICK_POOL = 6_000, 600
 _MARGINALS, _QUICK_MARGINALS = 2_000, 300
 _TRIALS, _QUICK_TRIALS = 1_000, 200
 _TRIALS_AT_ONCE = 250
