@@ -68,6 +68,7 @@ class Engine:
         left = len(self.ledger.interrupted) + max(0, self.trials - len(self.ledger.records))
         if left == 0:
             return
+        self.place.store.child("ray").delete()  # what a killed command left: Tune's snapshots are pickles
         filesystem, path = self.place.store.child("ray").arrow()
         compute = self.place.space.resolved_base.compute
         train = tune.with_parameters(_drive, place=self.place, mailbox=self.mailbox)

@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
 from infra.errors import EnvironmentFailure
 from infra.storage import Store, open_store
 from tests.tiny_training import GLOBAL_BATCH, prior_settings
 from workflows.artifacts import MANIFEST, digest_of
+from workflows.training import patience
 from workflows.training.catalog import COMPANION, SHARED
 from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.loop import TrainState
 from workflows.training.plain import PlainEngine
 from workflows.training.retention import Retention
+from workflows.training.state import EngineState
 
 FILE = "rank-00000.safetensors"
 
@@ -295,6 +300,101 @@ def test_what_went_wrong_in_the_background_is_raised_by_the_next_save(tmp_path: 
     with pytest.raises(EnvironmentFailure, match=r"cannot write .*checkpoints.*\nhint: choose a root"):
         found.save(engine(2), TrainState(2 * GLOBAL_BATCH))
     found.finish()
+
+
+# ---- a store that fails, and one that is slow ----
+
+
+class Faulty(LocalFileSystem):
+    """A remote store on a local disk that fails so many times, and notes what is uploaded."""
+
+    protocol = "faulty"
+    failures = 0
+    events: ClassVar[list[str]] = []
+    scratch = Path()
+
+    def _meet(self) -> None:
+        if Faulty.failures > 0:
+            Faulty.failures -= 1
+            raise ConnectionError("the store is away")
+
+    def ls(self, *arguments: Any, **options: Any) -> Any:
+        """May fail."""
+        self._meet()
+        return super().ls(*arguments, **options)
+
+    def cat_file(self, *arguments: Any, **options: Any) -> Any:
+        """May fail."""
+        self._meet()
+        return super().cat_file(*arguments, **options)
+
+    def get_file(self, *arguments: Any, **options: Any) -> Any:
+        """May fail."""
+        self._meet()
+        return super().get_file(*arguments, **options)
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> Any:
+        """May fail."""
+        self._meet()
+        self.makedirs(self._parent(path), exist_ok=True)
+        return super().pipe_file(path, value, **options)
+
+    def put_file(self, source: str, target: str, **options: Any) -> None:
+        """May fail; takes a moment."""
+        self._meet()
+        files = [path for path in self.scratch.rglob("*") if path.is_file()]
+        Faulty.events.append(f"upload with {len(files)} files in the scratch folder")
+        time.sleep(0.02)
+        self.makedirs(self._parent(target), exist_ok=True)
+        super().put_file(source, target, **options)
+        Faulty.events.append("uploaded")
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The folder of `checkpoints`, as a store that can be made to fail."""
+    fsspec.register_implementation("faulty", Faulty, clobber=True)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(patience, "_warnings", patience.Warnings())
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    Faulty.failures, Faulty.events, Faulty.scratch = 0, [], scratch
+    return Store(f"faulty://{tmp_path}/checkpoints")
+
+
+def test_a_store_that_is_away_is_waited_for_when_going_on_and_when_saving(
+    checkpoints: StoreCheckpoints, faulty: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    for failures in range(1, 12):  # so that each call is the one that fails last
+        remote = StoreCheckpoints(faulty, "request", keep=3)
+        Faulty.failures = failures
+        assert restored(remote)[0] == 3
+        assert Faulty.failures == 0
+    assert caplog.text.count("trying again") == 1, "one line a minute"
+    for failures in range(1, 12):
+        remote.companion = Partner((3 + failures) / 2)
+        Faulty.failures = failures
+        remote.save(engine(3 + failures), TrainState((3 + failures) * GLOBAL_BATCH))
+        assert Faulty.failures == 0
+    assert restored(remote)[0] == 14
+    assert steps_of(remote) == [12, 13, 14]
+
+
+def test_one_copy_of_the_state_and_one_file_at_most_wait_for_a_slow_store(faulty: Store) -> None:
+    class Watched(PlainEngine):
+        def state(self) -> EngineState:
+            Faulty.events.append("copied")
+            return super().state()
+
+    found = StoreCheckpoints(faulty, "request", keep=9, background=True, companion=Partner(1))
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+    watched = Watched(module, prior_settings(1), torch.device("cpu"))
+    for step in range(1, 4):
+        found.save(watched, TrainState(step * GLOBAL_BATCH))
+    found.finish()
+    one = ["upload with 1 files in the scratch folder", "uploaded"]
+    assert Faulty.events == ["copied", *one, *one, *one] * 3, "weights, what is shared, what is trained beside them"
 
 
 def test_a_full_scratch_disk_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

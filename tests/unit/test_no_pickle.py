@@ -25,7 +25,17 @@ UNPICKLERS = {
     "yaml.load",
     "yaml.unsafe_load",
     "yaml.full_load",
+    # what Ray Tune and DeepSpeed can only unpickle
+    "tune.Tuner.restore",
+    "Tuner.restore",
+    "tune.ExperimentAnalysis",
+    "get_fp32_state_dict_from_zero_checkpoint",
+    "load_state_dict_from_zero_checkpoint",
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "ds_to_universal.main",
 }
+METHODS = {"load_checkpoint"}
+"""Of whatever object: DeepSpeed's engine unpickles what it is given."""
 ALLOWED = {
     "workflows/data/distributed.py": 2,  # between processes of one job, through Ray's own memory; never a file
 }
@@ -55,7 +65,7 @@ def constant(node: ast.Call, name: str) -> object:
 def unpickles(node: ast.Call) -> bool:
     """Whether the call could run what a file says."""
     name = called(node)
-    if name in UNPICKLERS:
+    if name in UNPICKLERS or (isinstance(node.func, ast.Attribute) and node.func.attr in METHODS):
         return True
     if name == "torch.load":
         return constant(node, "weights_only") is not True
@@ -79,6 +89,7 @@ def uses(text: str) -> int:
         ("np.load(f, allow_pickle=True)", 1),
         ("np.load(f)", 0),
         ("yaml.load(f, Loader=L); yaml.safe_load(f)", 1),
+        ("self._engine.load_checkpoint(f); tune.Tuner.restore(f, train)", 2),
     ],
 )
 def test_the_reader_of_sources_sees_what_it_shall_see(text: str, count: int) -> None:

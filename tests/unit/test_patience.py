@@ -68,6 +68,20 @@ def test_what_is_no_fault_of_the_store_is_raised_at_once(error: type[Exception])
     assert call.calls == 1
 
 
+def test_what_is_done_between_the_attempts_can_end_the_waiting() -> None:
+    done: list[int] = []
+
+    def meanwhile() -> None:
+        done.append(1)
+        if len(done) == 3:
+            raise EnvironmentFailure("the lock was taken over")
+
+    call = Flaky(1_000_000)
+    with pytest.raises(EnvironmentFailure, match="was taken over"):
+        persist(call, "send metrics", None, 60, meanwhile)
+    assert (len(done), call.calls) == (3, 3)
+
+
 def test_one_warning_a_minute_tells_how_many_it_stands_for() -> None:
     now = [0.0]
     warnings = Warnings(lambda: now[0])

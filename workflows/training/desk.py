@@ -129,8 +129,8 @@ class Desk:
         return records
 
     def _tell_tracker(self, what: str, call: Callable[[], object]) -> None:
-        """A tracker that is away for a while ends no training."""
-        persist(call, what, None, self.context.config.compute.faults.patience_seconds)
+        """A tracker that is away for a while ends no training, and does not cost it its turn."""
+        persist(call, what, None, self.context.config.compute.faults.patience_seconds, self.keep_turn)
 
     def _record(self, record: dict[str, float]) -> None:
         if self.context.run is not None:

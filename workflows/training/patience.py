@@ -46,11 +46,18 @@ class Warnings:
 _warnings = Warnings()
 
 
-def persist(call: Callable[[], Value], what: str, store: Store | None, patience_seconds: float) -> Value:
+def persist(
+    call: Callable[[], Value],
+    what: str,
+    store: Store | None,
+    patience_seconds: float,
+    meanwhile: Callable[[], None] | None = None,
+) -> Value:
     """What `call` returns, tried again for so long as a remote place answers with failures.
 
     Args:
         store: where; a local folder is not waited for: a full disk does not empty itself. None for a server.
+        meanwhile: done between the attempts; what it raises ends the waiting.
 
     Raises:
         EnvironmentFailure: it still fails after `patience_seconds`.
@@ -69,4 +76,6 @@ def persist(call: Callable[[], Value], what: str, store: Store | None, patience_
                 log.warning("%s", line)
             time.sleep(min(pause * random.uniform(0.5, 1.0), left))
             renew()
+            if meanwhile is not None:
+                meanwhile()
             pause = min(2 * pause, _LONGEST_PAUSE)
