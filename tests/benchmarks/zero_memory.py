@@ -101,6 +101,11 @@ def rank_figures(zero_stage: int, width: int, depth: int) -> dict[str, float]:
     return {"weights": weights, "held": held - buffers, "sent": sent, "bucket": bucket_bytes(engine)}
 
 
+def all_stages(width: int, depth: int) -> dict[int, dict[str, float]]:
+    """This rank's figures by ZeRO stage; one group of processes for all, because a start takes many seconds."""
+    return {zero_stage: rank_figures(zero_stage, width, depth) for zero_stage in STAGES}
+
+
 def expected(weights: float, zero_stage: int, workers: int) -> tuple[float, float, float]:
     """Bytes held, sent by DeepSpeed's operations, and sent by the paper's, by the formulas above."""
     held = (16, 8 + 12 / workers, 4 + 16 / workers, 20 / workers)[zero_stage]
@@ -114,9 +119,10 @@ def measure(workers: int, quick: bool, seed: int) -> Figures:
     os.environ["OMP_NUM_THREADS"] = "1"
     width, depth = (256, 4) if quick else (384, 6)
     figures: Figures = {}
+    with tempfile.TemporaryDirectory(prefix="hvqd-zero-") as folder:
+        found = run_on_ranks(all_stages, Path(folder), width, depth, world=workers)
     for zero_stage in STAGES:
-        with tempfile.TemporaryDirectory(prefix="hvqd-zero-") as folder:
-            ranks = run_on_ranks(rank_figures, Path(folder), zero_stage, width, depth, world=workers)
+        ranks = [rank[zero_stage] for rank in found]
         held, sent, paper = expected(ranks[0]["weights"], zero_stage, workers)
         mean_sent = sum(rank["sent"] for rank in ranks) / workers
         name = f"zero{zero_stage}_{workers}w"
