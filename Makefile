@@ -4,20 +4,24 @@
 PYTHON_BIN := .venv/bin/python
 PYTEST := $(PYTHON_BIN) -m pytest
 
-.PHONY: run test test-unit test-long check install install-dev install-text install-bench
+.PHONY: run test test-unit test-long test-slurm check install install-dev install-text install-bench
 
 run: install
 	.venv/bin/hvqd run --preset tiny $(ARGS)
 
 test: install-dev
-	$(PYTEST) tests/unit tests/multiprocess tests/integration tests/end_to_end
+	$(PYTEST) tests/unit tests/multiprocess tests/integration tests/end_to_end tests/gpu
 
 test-unit: install-dev
 	$(PYTEST) tests/unit
 
 test-long: install-dev
-	$(PYTEST) tests -m long || [ $$? -eq 5 ]  # 5: no test is that long at present
+	$(PYTEST) tests -m long
 	$(PYTHON_BIN) tests/benchmarks/overhead.py
+
+test-slurm: install-dev  # a real Slurm of two nodes on this machine; installs Debian's packages or fails
+	scripts/install_slurm.sh
+	$(PYTEST) tests/slurm -m slurm
 
 check: install-dev
 	.venv/bin/ruff check .
