@@ -33,7 +33,7 @@ from workflows.config import ComputeSettings
 from workflows.context import Progress
 from workflows.pipeline import Pipeline, artifact, state_of
 from workflows.requests import PARENTS
-from workflows.training.mailbox import Mailbox
+from workflows.training.mailbox import open_mailbox
 
 FOLDER = "tuning"
 LEASE = "lease"
@@ -320,7 +320,6 @@ class _Session:
     _next: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> SweepResult:
-        import ray
 
         identity, space = self.request.identity, self.request.space
         params = params_of(
@@ -341,7 +340,7 @@ class _Session:
         self._greet(table)
         for listener in (runs.changed, table.changed, self._watch):
             self.ledger.listen(listener)
-        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        mailbox = open_mailbox()
         place = Place(self.request.root, self.request.store, space)
         engine = Engine(place, self.ledger, identity.scheduler, self.request.trials, self.at_once, mailbox)
         try:

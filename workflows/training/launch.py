@@ -24,7 +24,7 @@ from workflows.context import Context
 from workflows.requests import PARENTS, request_of
 from workflows.training.desk import PICTURES, TIMES, Desk
 from workflows.training.elastic import Growth, bundle, choose_workers
-from workflows.training.mailbox import Mailbox
+from workflows.training.mailbox import open_mailbox
 from workflows.training.patience import persist
 from workflows.training.turn import LEASE, take_turn
 from workflows.training.watchdog import Watchdog
@@ -112,7 +112,7 @@ def run_job(job: TrainingJob, context: Context, work: Work = train_worker, desk:
     connect(compute.address, cpus * compute.threads_per_worker)
     import ray
 
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox = open_mailbox()
     desk = desk or Desk(context, job.folder, job.request)
     restarts = 0
     try:
@@ -135,6 +135,12 @@ def run_job(job: TrainingJob, context: Context, work: Work = train_worker, desk:
                 )
             restarts += 1
             context.progress.say(f"  a worker was lost; restart {restarts} goes on from the newest checkpoint")
+    except ray.exceptions.RayError as error:  # not of a worker: of what stands beside the driver
+        place = compute.address or "this machine"
+        raise EnvironmentFailure(
+            f"the Ray cluster at {place} does not answer any more: {next(iter(str(error).splitlines()), '')}\n"
+            "hint: see whether its head is alive; the same command goes on at the next one"
+        ) from error
     finally:
         desk.keep_times()
     ray.kill(mailbox)

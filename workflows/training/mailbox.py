@@ -30,3 +30,12 @@ class Mailbox:
     def order(self) -> int:
         """What the workers are asked for."""
         return self._order
+
+
+def open_mailbox() -> Any:
+    """A mailbox on the driver's own node: one on a machine that may be lost would take the training with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
