@@ -320,7 +320,6 @@ class _Session:
     _next: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> SweepResult:
-
         identity, space = self.request.identity, self.request.space
         params = params_of(
             space=space.name,
