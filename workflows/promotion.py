@@ -340,7 +340,9 @@ def promote(
         raise InputError("--override needs a reason\nhint: it is recorded, for example --override 'fixes the flags'")
     wanted = find_version(tracker, model, wanted)  # that it exists, before anybody is kept waiting
     gates, own = read_gates(context.config.gates)
-    inspection = inspect(registry, model, wanted, gates)  # takes its time, and so not while others wait
+    # What is wrong with the question is said at once: an inspection takes its time, and so not while others wait, too.
+    _judge(registry, model, wanted, registry.alias(model, "champion"), gates, own, Inspection())
+    inspection = inspect(registry, model, wanted, gates)
 
     def ask(champion: str | None) -> Judgement:
         return _judge(registry, model, wanted, champion, gates, own, inspection)
