@@ -32,7 +32,9 @@ Complete = Callable[[Sequence[Tensor], Sequence[Tensor]], Codes]
 
 
 def code_masks(vq: HierarchicalVQ, hole: Tensor, dilation: int = 1) -> tuple[Tensor, ...]:
-    """(B, h, w) bool of each level: codes whose cells touch the hole, and `dilation` codes around them.
+    """(B, h, w) bool of each level: codes whose cells touch the hole, and on the finest level `dilation` more around.
+
+    Coarser codes around the hole stay: each spans so much of a picture that few would be left to go on from.
 
     Args:
         hole: (B, H, W) bool.
@@ -50,12 +52,33 @@ def code_masks(vq: HierarchicalVQ, hole: Tensor, dilation: int = 1) -> tuple[Ten
         raise ValueError(f"dilation must not be negative: {dilation}\nhint: 1 covers what the encoder has mixed in")
     below, right = (full - own for full, own in zip(vq.config.padded_size, size, strict=True))
     whole = F.pad(hole[:, None].float(), (0, right, 0, below))
-    masks = []
-    for cell in vq.config.cells:
-        touched = F.max_pool2d(whole, cell)
-        grown = F.max_pool2d(touched, 2 * dilation + 1, stride=1, padding=dilation)
-        masks.append(grown[:, 0] > 0)
-    return tuple(masks)
+    masks = [F.max_pool2d(whole, cell) for cell in vq.config.cells]
+    masks[-1] = F.max_pool2d(masks[-1], 2 * dilation + 1, stride=1, padding=dilation)
+    return tuple(marks[:, 0] > 0 for marks in masks)
+
+
+def spread_colours(images: Tensor, hole: Tensor) -> Tensor:
+    """(B, 3, H, W) pictures with the colours around the hole spread smoothly into it; nothing of the hole is looked at.
+
+    Means of what is known on ever coarser grids, and back (pull and push). An encoder sees less of such a hole than of
+    one in plain grey, so the codes around it are more nearly those of the whole picture.
+
+    Args:
+        hole: (B, H, W) bool; where all is hole, zeros.
+    """
+    known = (~hole)[:, None].to(images.dtype)
+    return _pull_push(images.masked_fill(hole[:, None], 0.0), known)
+
+
+def _pull_push(colours: Tensor, known: Tensor) -> Tensor:
+    """Colours, zero where `known` is 0, with what is unknown taken from a grid of half the size."""
+    if max(colours.shape[2:]) == 1:
+        return colours
+    share = F.avg_pool2d(known, 2, ceil_mode=True)
+    mean = F.avg_pool2d(colours, 2, ceil_mode=True) / share.clamp_min(torch.finfo(share.dtype).tiny)
+    halved = _pull_push(torch.where(share > 0, mean, 0.0), (share > 0).to(known.dtype))
+    spread = F.interpolate(halved, size=colours.shape[2:], mode="bilinear", align_corners=False)
+    return torch.where(known > 0, colours, spread)
 
 
 @torch.no_grad()
@@ -66,10 +89,10 @@ def inpaint(vq: HierarchicalVQ, images: Tensor, hole: Tensor, complete: Complete
         images: (B, 3, H, W) in [-1, 1]; what stands in the hole does not matter.
         hole: (B, H, W) bool.
         complete: draws unknown codes.
-        dilation: codes around the hole that are drawn anew with it.
+        dilation: codes of the finest level around the hole that are drawn anew with it.
     """
-    outside = images.masked_fill(hole[:, None], 0.0)
-    drawn = vq.decode(complete(vq.encode(outside), code_masks(vq, hole, dilation)))
+    masks = code_masks(vq, hole, dilation)
+    drawn = vq.decode(complete(vq.encode(spread_colours(images, hole)), masks))
     return torch.where(hole[:, None], drawn, images)
 
 

@@ -132,7 +132,7 @@ def inpaint(
     path: Annotated[str, typer.Argument(help="A picture.")],
     mask: Annotated[str, typer.Option("--mask", help="A picture of the same size; what is white is the hole.")],
     out: _Sheet,
-    dilation: Annotated[int, typer.Option("--dilation", help="Codes around the hole that are drawn with it.")] = 1,
+    dilation: Annotated[int, typer.Option("--dilation", help="Fine codes around the hole that are drawn with it.")] = 1,
     count: _Count = 4,
     label: _Class = None,
     style: _Style = None,

@@ -21,6 +21,7 @@ from hvqd_model.editing import (
     renoised,
     restyled_codes,
     scaled_back,
+    spread_colours,
 )
 from hvqd_model.prior.completion import complete
 from tests.unit.test_generate import models
@@ -137,14 +138,15 @@ def test_completing_asks_for_noise_with_masks_and_for_codes_of_the_prior() -> No
 
 
 @pytest.mark.parametrize("dilation", [0, 1])
-def test_a_code_is_masked_when_its_cell_or_a_neighbours_touches_the_hole(dilation: int) -> None:
+def test_a_code_is_masked_when_its_cell_touches_the_hole_or_on_the_finest_level_a_neighbours(dilation: int) -> None:
     vq, _ = fresh()
     hole = torch.zeros(1, 16, 16, dtype=torch.bool)
     hole[0, 5, 15] = True
     for level, (marks, cell) in enumerate(zip(code_masks(vq, hole, dilation), (8, 4), strict=True)):
         for row in range(16 // cell):
             for column in range(16 // cell):
-                near = abs(row - 5 // cell) <= dilation and abs(column - 15 // cell) <= dilation
+                reach = dilation if level == 1 else 0
+                near = abs(row - 5 // cell) <= reach and abs(column - 15 // cell) <= reach
                 assert bool(marks[0, row, column]) == near, (level, row, column)
 
 
@@ -162,6 +164,32 @@ def test_inpainting_leaves_every_pixel_outside_the_hole_bit_for_bit() -> None:
     assert torch.equal(inpaint(vq, other, hole, completing(prior, seeds)), found), (
         "what stood in the hole counts nothing"
     )
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 6), (1, 5)])
+def test_colours_spread_into_a_hole_from_what_is_around_it_alone(size: tuple[int, int]) -> None:
+    images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    hole = torch.zeros(3, *size, dtype=torch.bool)
+    hole[0, : size[0] // 2 + 1, 1:4] = True
+    hole[1] = True
+    found = spread_colours(images, hole)
+    outside = ~hole[:, None].expand_as(images)
+    assert torch.equal(found[outside], images[outside]) and not bool(found[1].any())
+    other = images.masked_fill(hole[:, None], -0.9)
+    assert torch.equal(spread_colours(other, hole), found), "what stood in the hole counts nothing"
+    low, high = (images.masked_fill(hole[:, None], fill) for fill in (2.0, -2.0))
+    assert float(found[0].min()) >= float(low[0].min()) and float(found[0].max()) <= float(high[0].max())
+    flat = torch.full_like(images[:1], 0.25)
+    torch.testing.assert_close(spread_colours(flat, hole[:1]), flat)
+
+
+def test_spread_colours_go_from_one_side_of_a_hole_to_the_other() -> None:
+    images = torch.zeros(1, 3, 16, 16)
+    images[..., 8:] = 1.0
+    hole = torch.zeros(1, 16, 16, dtype=torch.bool)
+    hole[:, :, 4:12] = True
+    row = spread_colours(images, hole)[0, 0, 8]
+    assert bool((row.diff() >= 0).all()) and 0.3 < float(row[7:9].mean()) < 0.7
 
 
 def test_codes_far_from_a_hole_are_those_of_the_picture() -> None:
