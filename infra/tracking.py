@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from botocore import exceptions as boto_errors
 
 from infra.errors import EnvironmentFailure, InputError
 from infra.lease import process_identity
@@ -72,6 +75,22 @@ def _make_database(path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def renew() -> None:
+    """Forget the clients by which MLflow writes artifacts to S3: they keep the credentials they were made with."""
+    if "boto3" in sys.modules:
+        sys.modules["boto3"].setup_default_session()
+    if "mlflow.store.artifact.s3_artifact_repo" in sys.modules:
+        sys.modules["mlflow.store.artifact.s3_artifact_repo"]._cached_get_s3_client.cache_clear()
+
+
+def _is_of_artifacts(error: Exception) -> bool:
+    """Whether an object store's client, which MLflow lets speak for itself, has failed."""
+    boto3 = sys.modules.get("boto3.exceptions")
+    return isinstance(error, boto_errors.BotoCoreError | boto_errors.ClientError) or (
+        boto3 is not None and isinstance(error, boto3.Boto3Error)
+    )
+
+
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """Turn what MLflow raises when its store is away into two lines a user can act on."""
@@ -102,6 +121,13 @@ def explained(uri: str) -> Iterator[None]:
                 "hint: check that it runs and can be written; the same command goes on"
             ) from error
         raise
+    except Exception as error:
+        if not _is_of_artifacts(error):
+            raise
+        raise EnvironmentFailure(
+            f"the artifact store of {mask(uri)} failed: {mask(' '.join(str(error).split()))[:300]}\n"
+            "hint: check AWS_ENDPOINT_URL and the keys; the same command goes on"
+        ) from error
 
 
 @contextmanager

@@ -124,15 +124,15 @@ def test_a_killed_worker_is_replaced_and_the_training_ends_as_if_nothing_had_bee
 def test_an_interrupted_training_says_so_everywhere_leaves_no_process_and_goes_on(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:
-    """SIGTERM while the workers start, then Ctrl-C after a checkpoint, then the end."""
+    """Ctrl-C while the workers start, then SIGTERM after a checkpoint, as a spot machine sends it, then the end."""
     root = _copy(finished_run, tmp_path, "dataset")
 
     def ray_trains(process: subprocess.Popen[str]) -> bool:
         return any(command.startswith("ray::TrainController") for command in _marked(process).values())
 
     signs: dict[signal.Signals, Callable[[subprocess.Popen[str]], bool]] = {
-        signal.SIGTERM: ray_trains,  # Ray is up, with signal handlers of its own
-        signal.SIGINT: lambda _: any(root.glob("vq/checkpoints/*320-b0-w2-*/manifest.json")),
+        signal.SIGINT: ray_trains,  # Ray is up, with signal handlers of its own
+        signal.SIGTERM: lambda _: any(root.glob("vq/checkpoints/*320-b0-w2-*/manifest.json")),
     }
     for number, sign in signs.items():
         with _started(root, finished_run, "train", "vq") as process:
@@ -144,6 +144,8 @@ def test_an_interrupted_training_says_so_everywhere_leaves_no_process_and_goes_o
             assert json.loads(out)["status"] == 130
             assert _runs(root) == {"pipeline": ["KILLED"], "vq": ["KILLED"]}
             _await(None, "the end of all processes", lambda process=process: not _marked(process))
+    last = max(int(path.parent.name[:12]) for path in root.glob("vq/checkpoints/0*/manifest.json"))
+    assert last > 320, "a last checkpoint within the grace period"
     done = run_hvqd("train", "vq", "--root", str(root), "--json", cwd=tmp_path, env=finished_run.env).succeeded()
     assert done.answer["digest"] == finished_run.result["digests"]["vq"]
     assert _runs(root) == {"pipeline": ["FINISHED"], "vq": ["FINISHED"]}

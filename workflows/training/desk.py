@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infra import tracking
 from infra.errors import EnvironmentFailure
 from infra.storage import Store
 from workflows.context import Context
@@ -130,7 +131,12 @@ class Desk:
 
     def _tell_tracker(self, what: str, call: Callable[[], object]) -> None:
         """A tracker that is away for a while ends no training, and does not cost it its turn."""
-        persist(call, what, None, self.context.config.compute.faults.patience_seconds, self.keep_turn)
+
+        def meanwhile() -> None:
+            tracking.renew()
+            self.keep_turn()
+
+        persist(call, what, None, self.context.config.compute.faults.patience_seconds, meanwhile)
 
     def _record(self, record: dict[str, float]) -> None:
         if self.context.run is not None:
