@@ -28,7 +28,7 @@ def pulse(rank: int, idle: float = 0.0, stack: tuple[str, ...] = WAITING, **chan
 
 
 def watchdog(clock: Clock) -> Watchdog:
-    return Watchdog(hang_seconds=60, slow_factor=2, clock=clock)
+    return Watchdog(hang_seconds=60, slow_factor=2, store_seconds=1000, clock=clock)
 
 
 def test_all_is_well_before_the_first_pulse_while_steps_are_taken_and_while_a_checkpoint_is_written() -> None:
@@ -42,6 +42,9 @@ def test_all_is_well_before_the_first_pulse_while_steps_are_taken_and_while_a_ch
     dog.hear(pulse(0, idle=61))
     dog.hear(replace(pulse(1, idle=900), doing="checkpoint"))
     assert dog.hung() == "", "the store may be away"
+    dog.hear(pulse(0, idle=1061))
+    dog.hear(replace(pulse(1, idle=1062), doing="checkpoint"))
+    assert "no step for 1061 s" in dog.hung(), "but not for ever"
 
 
 def test_the_one_that_is_elsewhere_while_the_others_wait_is_named_with_its_stack() -> None:

@@ -49,7 +49,8 @@ from workflows.training.state import EngineState, Range, join_tensors, split_ten
 
 log = logging.getLogger(__name__)
 
-_RECEIPT_SECONDS = 900.0
+RECEIPT_SECONDS = 900.0
+"""How long rank 0 waits for what the others have written."""
 _POLL_SECONDS = (0.01, 1.0)
 _MOVES = {"val_psnr": 1.0, "val_bits_total": -1.0}
 """Figures that say which checkpoint is best, and the direction in which they improve."""
@@ -280,7 +281,7 @@ class StoreCheckpoints:
 
     def _receipt(self, folder: Store, rank: int) -> dict[str, Any]:
         """What another rank has written, as soon as it has."""
-        deadline, pause = time.monotonic() + _RECEIPT_SECONDS, _POLL_SECONDS[0]
+        deadline, pause = time.monotonic() + RECEIPT_SECONDS, _POLL_SECONDS[0]
         name = _receipt_name(rank)
         while time.monotonic() < deadline:
             try:
@@ -290,7 +291,7 @@ class StoreCheckpoints:
                 time.sleep(pause)
                 pause = min(2 * pause, _POLL_SECONDS[1])
         raise EnvironmentFailure(
-            f"rank {rank} did not write its part of {folder.url} within {_RECEIPT_SECONDS:.0f} s\n"
+            f"rank {rank} did not write its part of {folder.url} within {RECEIPT_SECONDS:.0f} s\n"
             "hint: see whether its machine is alive; the same command goes on from the checkpoint before"
         )
 

@@ -101,6 +101,8 @@ class Watchdog:
 
     hang_seconds: float
     slow_factor: float
+    store_seconds: float = 0.0
+    """How much longer a checkpoint may take: the store may be away."""
     clock: Callable[[], float] = time.monotonic
     pulses: dict[int, Pulse] = field(default_factory=dict)
     _heard: dict[int, float] = field(default_factory=dict)
@@ -119,7 +121,8 @@ class Watchdog:
         now = self.clock()
         silence = {rank: now - self._heard[rank] for rank in self.pulses}
         idle = min(pulse.idle_seconds + silence[rank] for rank, pulse in self.pulses.items())
-        if idle < self.hang_seconds or any(pulse.doing == "checkpoint" for pulse in self.pulses.values()):
+        saving = any(pulse.doing == "checkpoint" for pulse in self.pulses.values())
+        if idle < self.hang_seconds + (self.store_seconds if saving else 0.0):
             return ""
         dead = [pulse for rank, pulse in self.pulses.items() if silence[rank] > self.hang_seconds / 2]
         elsewhere = [pulse for pulse in self.pulses.values() if not pulse.waits]
