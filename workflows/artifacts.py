@@ -147,6 +147,27 @@ def read_manifest(store: Store, made_by: str) -> Manifest:
     return manifest
 
 
+def check_lineage(manifests: Mapping[str, Manifest], made_by: Mapping[str, str], of: tuple[str, ...]) -> None:
+    """Check that artifacts were made from the others as they are now.
+
+    Args:
+        manifests: of one root, by kind.
+        made_by: the command that makes each kind.
+        of: the kinds whose parents are looked at.
+
+    Raises:
+        InputError: one was made from another than the one that is there, such as codes of another tokenizer.
+    """
+    for kind in of:
+        for parent, digest in manifests[kind].parents.items():
+            found = manifests.get(parent)
+            if found is not None and found.digest != digest:
+                raise InputError(
+                    f"{kind}/ was made from another {parent}/ ({digest[:12]}) than the one that is there "
+                    f"({found.digest[:12]})\nhint: run `{made_by[kind]}` again"
+                )
+
+
 def check_files(store: Store, manifest: Manifest, *, deep: bool = False) -> None:
     """Check that every file is there with its size and, if `deep`, its digest.
 

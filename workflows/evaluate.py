@@ -19,7 +19,15 @@ import torch
 
 from infra.models import Registry
 from infra.tracking import Tracker
-from workflows.artifacts import Manifest, check_files, digest_of, find_manifest, read_manifest, write_manifest
+from workflows.artifacts import (
+    Manifest,
+    check_files,
+    check_lineage,
+    digest_of,
+    find_manifest,
+    read_manifest,
+    write_manifest,
+)
 from workflows.config import EvaluationSettings
 from workflows.context import Context
 from workflows.evaluation_novelty import EvaluationAlarm, described
@@ -45,6 +53,7 @@ def evaluate(context: Context) -> Manifest:
     """
     root, store = context.root, context.root.child("evaluation")
     parents = {kind: read_manifest(root.child(kind), COMMANDS[kind]) for kind in PARENTS["evaluation"]}
+    check_lineage(parents, COMMANDS, of=("codes", "prior"))
     request = request_of("evaluation", context.config, parents)
     present = find_manifest(store)
     if present is not None and present.request == request:

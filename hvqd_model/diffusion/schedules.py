@@ -186,7 +186,7 @@ def _curve(name: ScheduleName) -> Curve:
         case "cosine":
             return CosineCurve()
         case _:
-            raise ValueError(f"schedule must be linear or cosine: {name}\nhint: set prior.schedule=linear")
+            raise ValueError(f"schedule must be linear or cosine: {name}\nhint: set prior.model.schedule=linear")
 
 
 def absorbing(name: ScheduleName = "linear") -> Schedule:

@@ -19,9 +19,18 @@ from typing import Any
 
 from infra.cluster import connect
 from infra.errors import EnvironmentFailure, InputError
-from workflows.artifacts import MANIFEST, Manifest, check_files, find_manifest, read_manifest, write_manifest
+from workflows.artifacts import (
+    MANIFEST,
+    Manifest,
+    check_files,
+    check_lineage,
+    find_manifest,
+    read_manifest,
+    write_manifest,
+)
 from workflows.context import Context
 from workflows.requests import PARENTS, request_of
+from workflows.training.checkpoint import RECEIPT_SECONDS
 from workflows.training.desk import PICTURES, TIMES, Desk
 from workflows.training.elastic import Growth, bundle, choose_workers
 from workflows.training.mailbox import open_mailbox
@@ -49,10 +58,14 @@ def train_prior(context: Context) -> Manifest:
 
 def _train(context: Context, stage: StageName) -> Manifest:
     root, folder = context.root, context.root.child(stage)
-    commands = {"dataset": "hvqd data build", "codes": "hvqd encode"}
+    commands = {"dataset": "hvqd data build", "vq": "hvqd train vq", "codes": "hvqd encode"}
     parents = {kind: read_manifest(root.child(kind), commands[kind]) for kind in PARENTS[stage]}
     for kind, manifest in parents.items():
         check_files(root.child(kind), manifest)
+    if stage == "prior":
+        # The prior takes its codebooks and conditions from these: codes of another tokenizer would mean nothing.
+        around = {kind: read_manifest(root.child(kind), commands[kind]) for kind in PARENTS["codes"]}
+        check_lineage({**around, **parents}, commands, of=("codes",))
     request = request_of(stage, context.config, parents)
     present = find_manifest(folder)
     if present is not None and present.request == request:
@@ -153,7 +166,8 @@ class _Group:
     def __init__(self, job: TrainingJob, mailbox: Any, work: Work, workers: int, desk: Desk) -> None:
         self.job, self.mailbox, self.work, self.workers, self.desk = job, mailbox, work, workers, desk
         self.compute = job.config.compute
-        self.watchdog = Watchdog(self.compute.faults.hang_seconds, self.compute.faults.slow_factor)
+        faults = self.compute.faults
+        self.watchdog = Watchdog(faults.hang_seconds, faults.slow_factor, faults.patience_seconds + RECEIPT_SECONDS)
         self.growth = Growth(job.config.workers_for(job.settings), workers, self.compute)
         self.failures: list[BaseException] = []
         # In a thread, because Ray Train takes Ctrl-C for itself on the main one; a daemon, so that it can be abandoned.
