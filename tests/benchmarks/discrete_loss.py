@@ -162,21 +162,16 @@ def _resident(field: str) -> float:
 
 
 def spent_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """What the work takes: time on a GPU, else processor time of one thread, which a busy machine hardly changes."""
+    """What the work takes: time on a GPU, else processor time, which a busy machine hardly changes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         start = time.perf_counter()
         work()
         torch.cuda.synchronize()
         return time.perf_counter() - start
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    finally:
-        torch.set_num_threads(threads)
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def peak_mebibytes(work: Callable[[], object], device: torch.device) -> float:
@@ -197,6 +192,7 @@ def peak_mebibytes(work: Callable[[], object], device: torch.device) -> float:
 
 def measure(quick: bool, seed: int) -> Figures:
     """Seconds and memory of both sides in turns, and by how much their losses and gradients differ."""
+    torch.set_num_threads(1)  # beside other work, threads would wait for each other, and waiting is processor time
     name = "quick" if quick else "full"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     whole = make_batch(CASES[name], seed)
