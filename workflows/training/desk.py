@@ -12,6 +12,7 @@ from typing import Any
 
 from infra import tracking
 from infra.errors import EnvironmentFailure
+from infra.secrets import mask
 from infra.storage import Store
 from workflows.context import Context
 from workflows.training.alarms import Alarm
@@ -24,6 +25,7 @@ from workflows.training.watchdog import Watchdog
 PICTURES, TIMES = "pictures/", "times/"
 _BOOKS = "goodput.json"
 _BETWEEN_SECONDS = 10.0
+_WAITING = "trying again"
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Desk:
     _watchdog: Watchdog | None = None
     _meters: Meters | None = None
     _warnings: Warnings = field(default_factory=Warnings)
+    _said: dict[str, Warnings] = field(default_factory=dict)
+    """By what was said."""
     _times_kept: float = 0.0
 
     def __post_init__(self) -> None:
@@ -78,6 +82,13 @@ class Desk:
         shown = self._warnings.say(line)
         if shown is not None:
             self.context.progress.say(f"  {shown}")
+
+    def pass_on(self, line: str) -> None:
+        """What the training says, once however many processes say it; of waiting, a line a minute from all of them."""
+        kind = _WAITING if _WAITING in line else line
+        shown = self._said.setdefault(kind, Warnings()).say(line)
+        if shown is not None:
+            self.context.progress.say(f"  {mask(shown)}")
 
     def keep_times(self) -> None:
         """Write where the time went, so that a later command goes on with the same books."""
@@ -112,6 +123,8 @@ class Desk:
                     self._record(content)
                 case "alarm":
                     self._alarm(content)
+                case "said":
+                    self.pass_on(content)
                 case "picture":
                     self._picture(*content)
                 case "pulse":

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from workflows.requests import PARENTS, request_of
 from workflows.training.checkpoint import RECEIPT_SECONDS
 from workflows.training.desk import PICTURES, TIMES, Desk
 from workflows.training.elastic import Growth, bundle, choose_workers
-from workflows.training.mailbox import open_mailbox
+from workflows.training.mailbox import open_mailbox, passing_on
 from workflows.training.patience import persist
 from workflows.training.turn import LEASE, take_turn
 from workflows.training.watchdog import Watchdog
@@ -76,11 +77,13 @@ def _train(context: Context, stage: StageName) -> Manifest:
     with take_turn(folder, f"training {stage}", context.progress.say) as turn:
         folder.delete(MANIFEST)  # what follows overwrites its files
         desk = Desk(context, folder, request, turn)
-        records = run_job(job, context, desk=desk)
-    seconds = time.monotonic() - started
-    desk.tell_times(job.settings.images)
-    patience = context.config.compute.faults.patience_seconds
-    return persist(lambda: _complete(job, desk, parents, records, seconds), "write the manifest", folder, patience)
+        with passing_on(desk.pass_on):
+            records = run_job(job, context, desk=desk)
+            seconds = time.monotonic() - started
+            desk.tell_times(job.settings.images)
+            patience = context.config.compute.faults.patience_seconds
+            complete = partial(_complete, job, desk, parents, records, seconds)
+            return persist(complete, "write the manifest", folder, patience)
 
 
 def _complete(job: TrainingJob, desk: Desk, parents: dict[str, Manifest], records: int, seconds: float) -> Manifest:

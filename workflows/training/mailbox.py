@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -30,6 +33,29 @@ class Mailbox:
     def order(self) -> int:
         """What the workers are asked for."""
         return self._order
+
+
+class _PassesOn(logging.Handler):
+    def __init__(self, say: Callable[[str], object]) -> None:
+        super().__init__(logging.INFO)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
+@contextmanager
+def passing_on(say: Callable[[str], object]) -> Iterator[None]:
+    """Hand what the training logs to `say` as well: a worker's log lies where its user never looks."""
+    logger, handler = logging.getLogger("workflows.training"), _PassesOn(say)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def open_mailbox() -> Any:

@@ -31,6 +31,7 @@ from workflows.training.compiled import compile_blocks, should_compile
 from workflows.training.judges import build_judges
 from workflows.training.ledger import Ledger
 from workflows.training.loop import Record, StepBack, Stopped, train
+from workflows.training.mailbox import passing_on
 from workflows.training.meters import Meters, meters_for
 from workflows.training.patience import persist
 from workflows.training.precision import choose_precision
@@ -127,7 +128,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         mailbox.put.remote(("pulse", pulse))
         meters.publish()
 
-    with Heart(beat, rank, ledger, actor):
+    with Heart(beat, rank, ledger, actor), passing_on(lambda line: mailbox.put.remote(("said", line))):
         faults = job.config.compute.faults
         stage = persist(lambda: build_stage(job, device), "read the inputs", job.root, faults.patience_seconds)
         compiling, why = should_compile(job.config.compute.compile, device, job.settings.zero_stage)
