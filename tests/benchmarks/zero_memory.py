@@ -1,8 +1,8 @@
 """Bytes that a rank holds and sends, by ZeRO stage and number of workers, against DeepSpeed's formulas.
 
 A prior of P weights trains under gloo in steps of two micro-batches. Held are all tensors of a rank's process after a
-backward pass, the larger of the two (its largest moment but for activations), less the buffer in which ZeRO-3 gathers
-gradients, whose size is a setting (`bucket_megabytes`). Sent is what the kernel counts as acknowledged on the process's
+backward pass, the larger of the two (its largest moment but for activations), less the buffer in which gradients wait
+for their exchange, whose size is a setting (`bucket_megabytes`). Sent is what the kernel counts as acknowledged on the process's
 TCP connections during a step. Formulas after Rajbhandari et al., arXiv:1910.02054, sections 5 and 7, for weights and
 gradients of 4 bytes and Adam's state of 12 (a float32 copy of the weights and two moments; 8 without ZeRO, which makes
 no copy): held 16 P; 8 P + 12 P / N; 4 P + 16 P / N; 20 P / N. With V = 4 P (N - 1) / N for a gather or a
@@ -85,7 +85,7 @@ def rank_figures(zero_stage: int, width: int, depth: int) -> dict[str, float]:
     stage = prior_stage(settings, width=width, depth=depth, heads=4)
     weights = sum(parameter.numel() for parameter in stage.objective.parameters())
     engine = ZeroEngine(stage.objective, settings, torch.device("cpu"))
-    held = sent = 0
+    held = sent = bucket = 0
     for step in range(3):  # the first makes the optimizer's state
         collectives.barrier()
         sent, held = sent_bytes(), 0
@@ -93,12 +93,13 @@ def rank_figures(zero_stage: int, width: int, depth: int) -> dict[str, float]:
             offset = (part * world + engine.rank) * micro
             inputs = place_on(engine.device, *stage.batch(Position(step * GLOBAL_BATCH, offset, micro, GLOBAL_BATCH)))
             engine.backward(engine.forward(*inputs).loss)
-            held = max(held, held_bytes() - before)
+            bucket = max(bucket, bucket_bytes(engine))
+            held = max(held, held_bytes() - before - bucket_bytes(engine))
         engine.step(1e-4)
         collectives.barrier()
         sent = sent_bytes() - sent
     buffers = sum(buffer.nbytes for buffer in engine.module.buffers())
-    return {"weights": weights, "held": held - buffers, "sent": sent, "bucket": bucket_bytes(engine)}
+    return {"weights": weights, "held": held - buffers, "sent": sent, "bucket": bucket}
 
 
 def all_stages(width: int, depth: int) -> dict[int, dict[str, float]]:
@@ -126,8 +127,8 @@ def measure(workers: int, quick: bool, seed: int) -> Figures:
         held, sent, paper = expected(ranks[0]["weights"], zero_stage, workers)
         mean_sent = sum(rank["sent"] for rank in ranks) / workers
         name = f"zero{zero_stage}_{workers}w"
-        figures[f"held_megabytes_{name}"] = max(rank["held"] - rank["bucket"] for rank in ranks) / 1e6
-        figures[f"held_ratio_{name}"] = max(rank["held"] - rank["bucket"] for rank in ranks) / held
+        figures[f"held_megabytes_{name}"] = max(rank["held"] for rank in ranks) / 1e6
+        figures[f"held_ratio_{name}"] = max(rank["held"] for rank in ranks) / held
         figures[f"sent_megabytes_{name}"] = mean_sent / 1e6
         figures[f"sent_ratio_{name}"] = mean_sent / sent
         figures[f"sent_over_paper_{name}"] = mean_sent / paper
