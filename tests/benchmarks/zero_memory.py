@@ -2,13 +2,13 @@
 
 A prior of P weights trains under gloo in steps of two micro-batches. Held are all tensors of a rank's process after a
 backward pass, the larger of the two (its largest moment but for activations), less the buffer in which gradients wait
-for their exchange, whose size is a setting (`bucket_megabytes`). Sent is what the kernel counts as acknowledged on the process's
-TCP connections during a step. Formulas after Rajbhandari et al., arXiv:1910.02054, sections 5 and 7, for weights and
-gradients of 4 bytes and Adam's state of 12 (a float32 copy of the weights and two moments; 8 without ZeRO, which makes
-no copy): held 16 P; 8 P + 12 P / N; 4 P + 16 P / N; 20 P / N. With V = 4 P (N - 1) / N for a gather or a
-reduce-scatter of all weights, sent is 2 V; 2 V + V; 2 x 2 V + V; 2 x 3 V: at stage 1 gradients go once a step, above
-it with each micro-batch. DeepSpeed 0.19 averages gradients by an all-reduce (2 V) at stages 1 and 2, where the paper
-has a reduce-scatter (V): `sent_over_paper` is the price of that.
+for their exchange, whose size is a setting (`bucket_megabytes`). Sent is what the kernel counts as acknowledged on the
+process's TCP connections during a step. Formulas after Rajbhandari et al., arXiv:1910.02054, sections 5 and 7, for
+weights and gradients of 4 bytes and Adam's state of 12 (a float32 copy of the weights and two moments; 8 without ZeRO,
+which makes no copy): held 16 P; 8 P + 12 P / N; 4 P + 16 P / N; 20 P / N. With V = 4 P (N - 1) / N for a gather or a
+reduce-scatter of all weights, sent is 2 V; 2 V + V; 2 x 2 V + V; 2 x 3 V: at stage 1 gradients go once a step, above it
+with each micro-batch. DeepSpeed 0.19 averages gradients by an all-reduce (2 V) at stages 1 and 2, where the paper has a
+reduce-scatter (V): `sent_over_paper` is the price of that.
 """
 
 from __future__ import annotations
