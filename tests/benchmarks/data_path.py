@@ -83,6 +83,7 @@ def write_tars(source: Store, target: Store, rows: int) -> list[str]:
 def theirs(store: Store, names: list[str], epochs: int) -> Iterator[tuple[int, float]]:
     """(pictures, seconds) of each pass: webdataset's own pipeline, shuffled, decoded, batched."""
     import webdataset
+    import webdataset.tariterators
 
     def opened(source: Iterator[dict[str, str]]) -> Iterator[dict[str, object]]:
         for entry in source:
@@ -96,8 +97,8 @@ def theirs(store: Store, names: list[str], epochs: int) -> Iterator[tuple[int, f
         pipeline = webdataset.DataPipeline(
             webdataset.SimpleShardList(names),
             opened,
-            webdataset.tar_file_expander,
-            webdataset.group_by_keys,
+            webdataset.tariterators.tar_file_expander,
+            webdataset.tariterators.group_by_keys,
             webdataset.shuffle(1000),
             webdataset.decode("pil"),
             webdataset.to_tuple("png"),
