@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hvqd_model.diffusion.gaussian_samplers import GaussianSamplerSettings
 from hvqd_model.diffusion.samplers import SamplerSettings
 from hvqd_model.editing import Codes, blended, coarse_codes, inpaint, renoised, restyled_codes, scaled_back
 from hvqd_model.metrics import psnr
@@ -78,11 +79,6 @@ class Editor:
         if request.count < 1:
             raise InputError(f"-n must be at least 1: {request.count}\nhint: for example -n 4")
         bundle = load_model_for(request, config)
-        if bundle.prior.config.noise == "gaussian":
-            raise InputError(
-                "editing draws codes anew, and this model's noise is gaussian\n"
-                "hint: name a model with noise=absorbing or mask-and-replace"
-            )
         return cls(bundle, config.sampling, config)
 
     def picture(self, path: str) -> Pictures:
@@ -110,9 +106,11 @@ class Editor:
         """
         keys = torch.tensor(seeds, dtype=torch.int64)
         sampling = self.sampling
-        walk = SamplerSettings(
+        walk: SamplerSettings | GaussianSamplerSettings = SamplerSettings(
             sampling.steps, "confidence", sampling.temperature, sampling.top_k, sampling.top_p, sampling.gumbel_scale
         )
+        if self.bundle.prior.config.noise == "gaussian":
+            walk = GaussianSamplerSettings(sampling.steps, sampling.gaussian_sampler, sampling.eta)
 
         def draw(codes: Sequence[Tensor], unknown: Sequence[Tensor]) -> Codes:
             parts = []

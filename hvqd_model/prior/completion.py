@@ -1,8 +1,9 @@
-"""Completing codes of which some are known: the surest guesses settle first, known codes come back as they were.
+"""Completing codes of which some are known: the known ones come back as they were, the others are drawn to fit.
 
-The confidence sampler (MaskGIT, arXiv:2202.04200) for pictures whose unknown codes differ in place and number. The
-network sees the known codes all along and is told how much of each level is masked, as in training; with everything
-unknown it is the sampler itself. Levels follow each other by the prior's stagger.
+Where noise masks codes, the confidence sampler (MaskGIT, arXiv:2202.04200) for pictures whose unknown codes differ in
+place and number: the surest guesses settle first. The network sees the known codes all along and is told how much of
+each level is masked, as in training. With Gaussian noise, any of its samplers, with what is known in place of what is
+predicted. With everything unknown both are the sampler itself. Levels follow each other by the prior's stagger.
 
 Axes: B images, L levels (coarse first) of h x w = N codes, K codes; index K is the mask.
 """
@@ -16,11 +17,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hvqd_model.diffusion.gaussian_samplers import GaussianSamplerSettings
 from hvqd_model.diffusion.guidance import draw, truncate
 from hvqd_model.diffusion.samplers import Progress, SamplerSettings
 from hvqd_model.diffusion.schedules import Schedule
 from hvqd_model.diffusion.stagger import active_span, level_times
 from hvqd_model.prior.conditions import Conditions
+from hvqd_model.prior.gaussian_prior import GaussianProcess
 from hvqd_model.prior.guided import Guidance, GuidedPredictor, Watcher
 from hvqd_model.prior.prior import HierarchicalPrior
 from hvqd_model.randomness import gumbel, uniform
@@ -34,7 +37,7 @@ def complete(
     seeds: Tensor,
     given: Tensor | Conditions | None = None,
     *,
-    settings: SamplerSettings | None = None,
+    settings: SamplerSettings | GaussianSamplerSettings | None = None,
     guidance: Guidance = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
     progress: Progress | None = None,
@@ -49,13 +52,19 @@ def complete(
         unknown: (B, h, w) bool of each level.
         seeds: (B,) int64.
         given: classes or conditions; None for none.
-        settings: steps and randomness; the sampler is always the confidence sampler.
+        settings: steps and randomness; with noise on codes the sampler is always the confidence sampler. Those of
+            another kind of noise say the steps alone.
         guidance, interval, progress, watch: see `HierarchicalPrior.sample`.
 
     Raises:
-        ValueError: noise that masks no codes, or codes, masks or conditions that are not this prior's.
+        ValueError: noise on codes that masks none, or codes, masks or conditions that are not this prior's.
     """
-    settings = settings or SamplerSettings()
+    if isinstance(prior.process, GaussianProcess):
+        return _complete_latents(
+            prior, prior.process, codes, unknown, seeds, given, settings, (guidance, interval, progress, watch)
+        )
+    steps = 16 if settings is None else settings.steps
+    settings = settings if isinstance(settings, SamplerSettings) else SamplerSettings(steps)
     schedule = prior.schedule
     if not isinstance(schedule, Schedule) or not schedule.has_masks:
         raise ValueError(
@@ -95,6 +104,40 @@ def complete(
     return tuple(level.view(len(seeds), *grid) for level, grid in zip(state, prior.config.grids, strict=True))
 
 
+def _complete_latents(
+    prior: HierarchicalPrior,
+    process: GaussianProcess,
+    codes: Sequence[Tensor],
+    unknown: Sequence[Tensor],
+    seeds: Tensor,
+    given: Tensor | Conditions | None,
+    settings: SamplerSettings | GaussianSamplerSettings | None,
+    asked: tuple[Guidance, tuple[float, float], Progress | None, Watcher | None],
+) -> tuple[Tensor, ...]:
+    """`complete` for Gaussian noise."""
+    guidance, interval, progress, watch = asked
+    _start(prior, codes, unknown)  # checks them
+    if not any(bool(marks.any()) for marks in unknown):
+        return tuple(level.clone() for level in codes)
+    steps = 16 if settings is None else settings.steps
+    walk = settings if isinstance(settings, GaussianSamplerSettings) else GaussianSamplerSettings(steps)
+    # What stands in a hole is no code that counts; 0 is one that exists.
+    flat = [torch.where(marks, 0, level).flatten(1) for level, marks in zip(codes, unknown, strict=True)]
+    marks = [level.flatten(1) for level in unknown]
+    network = GuidedPredictor(prior.denoiser, len(seeds), given, guidance, interval)
+    found = process.sample(
+        prior.denoiser,
+        network,
+        seeds,
+        walk,
+        [None if bool(some.any()) else level for level, some in zip(flat, marks, strict=True)],
+        progress,
+        watch,
+        [(level, some) if bool(some.any()) else None for level, some in zip(flat, marks, strict=True)],
+    )
+    return tuple(level.view(len(seeds), *grid) for level, grid in zip(found, prior.config.grids, strict=True))
+
+
 def _start(prior: HierarchicalPrior, codes: Sequence[Tensor], unknown: Sequence[Tensor]) -> list[Tensor]:
     """(B, N) codes with masks at the unknown places."""
     if len(codes) != len(prior.sizes) or len(unknown) != len(prior.sizes):
@@ -110,9 +153,10 @@ def _start(prior: HierarchicalPrior, codes: Sequence[Tensor], unknown: Sequence[
                 f"codes of level {level} must be {shape}, with a bool mask of that shape: {tuple(found.shape)} and "
                 f"{marks.dtype} {tuple(marks.shape)}\nhint: encode the pictures with this prior's tokenizer"
             )
-        if found.numel() and not 0 <= int(found[~marks].min() if (~marks).any() else 0) <= int(found.max()) < size:
+        known = found[~marks]
+        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < size:
             raise ValueError(
-                f"codes of level {level} must be in 0..{size - 1}: {int(found.min())}..{int(found.max())}\n"
+                f"codes of level {level} must be in 0..{size - 1}: {int(known.min())}..{int(known.max())}\n"
                 "hint: encode the pictures with the tokenizer this prior was trained for"
             )
         state.append(torch.where(marks, size, found).flatten(1))

@@ -147,6 +147,7 @@ class GaussianProcess(FrozenBuffers):
         known: Sequence[Tensor | None] | None,
         progress: Progress | None,
         watch: Callable[[Sequence[Tensor]], None] | None,
+        held: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     ) -> list[Tensor]:
         """(B, N) int64 codes of each level.
 
@@ -154,10 +155,18 @@ class GaussianProcess(FrozenBuffers):
             network: the guided prediction of (B, N, C) for the wanted positions.
             known: (B, N) codes of levels that are given, None for the others.
             watch: shown before every step the codes that the predicted clean latents are nearest to.
+            held: (B, N) codes of a level and (B, N) bool where they are unknown; the rest comes back unchanged. None
+                for a level of which nothing is known. What is known stands in the prediction of the clean latents, so
+                every sampler brings its places to it with the noise of each time.
         """
         codes: list[Tensor | None] = list(known) if known is not None else [None] * len(self.sizes)
         shapes = list(zip(self.sizes, self.config.code_dims, strict=True))
         everywhere = [torch.arange(size, device=seeds.device).expand(len(seeds), size) for size in self.sizes]
+        told_codes = list(held) if held is not None else [None] * len(self.sizes)
+        told_latents = [
+            None if told is None else (self.normalizer.vectors(level, told[0], codebook_of(denoiser, level)), told[1])
+            for level, told in enumerate(told_codes)
+        ]
 
         def predict(
             latents: Sequence[Tensor], level_times: Sequence[float], time: float, wanted: Sequence[bool]
@@ -171,13 +180,18 @@ class GaussianProcess(FrozenBuffers):
                 else to_clean(self.config.gaussian.prediction, output, latents[level], float(a), float(s))
                 for level, (output, a, s) in enumerate(zip(outputs, signal, strength, strict=True))
             ]
+            clean = [
+                latents if latents is None or told is None else torch.where(told[1][..., None], latents, told[0])
+                for latents, told in zip(clean, told_latents, strict=False)
+            ]
             if watch is not None:
                 shown = [latents[level] if found is None else found for level, found in enumerate(clean)]
                 watch([self._shown(denoiser, level, found, codes[level]) for level, found in enumerate(shown)])
             return clean
 
         def finish(level: int, latents: Tensor) -> Tensor:
-            found = self.normalizer.snapped(level, latents, codebook_of(denoiser, level))
+            found, told = self.normalizer.snapped(level, latents, codebook_of(denoiser, level)), told_codes[level]
+            found = found if told is None else torch.where(told[1], found, told[0])
             codes[level] = found
             return self.normalizer.vectors(level, found, codebook_of(denoiser, level))
 

@@ -351,6 +351,19 @@ def test_filling_a_hole_leaves_every_other_pixel_as_the_file_has_it(
     assert np.array_equal(alone[2], shown[2]), "however many are asked for"
 
 
+def test_a_model_of_gaussian_noise_fills_holes_and_goes_between_pictures_too(
+    tmp_path: Path, config: RunConfig, picture: Path
+) -> None:
+    model = save(tmp_path / "gaussian", noise="gaussian")
+    result = fill(edit(model, count=2), "mask.png", 0, config)
+    original, hole = np.asarray(Image.open("a.png")), np.asarray(Image.open("mask.png")) > 127
+    for filled in cells(result["image"])[2:]:
+        assert np.array_equal(filled[~hole], original[~hole]) and not np.array_equal(filled, original)
+    strip = cells(interpolate(edit(model), "b.png", 4, 1.0, config)["image"])
+    assert np.array_equal(strip[0], reconstruction(load_bundle(model), "a.png"))
+    assert np.array_equal(strip[-1], reconstruction(load_bundle(model), "b.png"))
+
+
 def test_an_enlarged_picture_and_a_restyled_one_keep_the_coarse_level(
     told: Path, bundle: LoadedBundle, config: RunConfig, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
