@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 import botocore.config
@@ -36,6 +37,41 @@ class S3Server:
     bucket: str
     access_key: str
     secret_key: str
+    shell: tuple[str, ...] = ()
+    """The command that administers it, with its addresses."""
+
+    def add_keys(self, user: str) -> dict[str, str]:
+        """Another user's keys, as a credentials file names them."""
+        keys = {"aws_access_key_id": f"{user}-access-key", "aws_secret_access_key": f"{user}-secret-key-0123456789"}
+        named = f"-access_key {keys['aws_access_key_id']} -secret_key {keys['aws_secret_access_key']}"
+        self._administer(f"s3.configure -user {user} {named} -actions Read,Write,List,Tagging,Admin -apply")
+        self._await_answer(keys, allowed=True)
+        return keys
+
+    def remove_keys(self, user: str, keys: Mapping[str, str]) -> None:
+        """The user's keys are refused from now on, as expired ones are."""
+        self._administer(f"s3.configure -user {user} -delete -apply")
+        self._await_answer(keys, allowed=False)
+
+    def _administer(self, line: str) -> None:
+        done = subprocess.run(
+            self.shell, input=f"{line}\nexit\n", capture_output=True, text=True, timeout=_START_SECONDS
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def _await_answer(self, keys: Mapping[str, str], *, allowed: bool) -> None:
+        client = _client(self.endpoint, keys["aws_access_key_id"], keys["aws_secret_access_key"])
+        deadline, said = time.monotonic() + _START_SECONDS, "nothing"
+        while time.monotonic() < deadline:
+            try:
+                client.put_object(Bucket=self.bucket, Key="ready", Body=b"")
+                said = "it is allowed"
+            except botocore.exceptions.ClientError as error:
+                said = str(error)
+            if (said == "it is allowed") == allowed:
+                return
+            time.sleep(_POLL_SECONDS)
+        raise AssertionError(f"keys that should be {'allowed' if allowed else 'refused'}: {said}")
 
     @property
     def env(self) -> dict[str, str]:
@@ -79,7 +115,9 @@ def seaweedfs(folder: Path) -> Iterator[S3Server]:
     names = ("master", "filer", "volume", "s3", "admin")
     ports = free_ports(2 * len(names))
     endpoint = f"http://127.0.0.1:{ports[names.index('s3')]}"
-    server = S3Server(endpoint, "hvqd", "test-access-key", "test-secret-key-0123456789")
+    master, filer = (f"127.0.0.1:{ports[names.index(n)]}.{ports[len(names) + names.index(n)]}" for n in names[:2])
+    shell = (str(_BIN / "weed"), "shell", f"-master={master}", f"-filer={filer}")
+    server = S3Server(endpoint, "hvqd", "test-access-key", "test-secret-key-0123456789", shell)
     flags = [f"-{name}.port={ports[index]}" for index, name in enumerate(names)]
     flags += [f"-{name}.port.grpc={ports[len(names) + index]}" for index, name in enumerate(names)]
     command = [
@@ -89,19 +127,23 @@ def seaweedfs(folder: Path) -> Iterator[S3Server]:
     ]
 
     def probe() -> None:
-        client = boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=server.access_key,
-            aws_secret_access_key=server.secret_key,
-            config=botocore.config.Config(connect_timeout=5, read_timeout=5, retries={"total_max_attempts": 1}),
-        )
+        client = _client(endpoint, server.access_key, server.secret_key)
         client.put_object(Bucket=server.bucket, Key="ready", Body=b"")
         client.delete_object(Bucket=server.bucket, Key="ready")
 
     with _running(f"SeaweedFS at {endpoint}", command, server.env, folder, probe):
         yield server
+
+
+def _client(endpoint: str, access_key: str, secret_key: str) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        config=botocore.config.Config(connect_timeout=5, read_timeout=5, retries={"total_max_attempts": 1}),
+    )
 
 
 @contextmanager

@@ -1,119 +1,141 @@
-"""A machine is lost in the middle of a training with its root on S3, and another one joins."""
+"""Machines that are lost and machines that join in the middle of a training with its root on S3, the head included."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
+import json
+import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from infra.storage import Store
-from tests.chaos import MARK, processes
-from tests.command_line import environment, run_hvqd
+from infra.storage import Store, renew
+from tests.chaos import MARK
+from tests.command_line import environment, run_hvqd, start_hvqd
+from tests.ray_nodes import QUICK_HEALTH, InThread, Said, awaited, end_all, has_checkpoint, kill_node, ray_nodes
 from tests.services import S3Server, free_ports
 from workflows.context import Context
 from workflows.loading import load_config
 from workflows.training.launch import train_vq
 
-_DEADLINE_SECONDS = 240.0
-_QUICK_HEALTH = {
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "300",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-}
-"""With Ray's defaults the worker of a dead machine trains on for a while, and nothing is tested."""
-SETTINGS = ["vq.train.images=1600", "vq.train.checkpoint_every_images=160", "compute.workers=2"]
+pytestmark = pytest.mark.long
 
-
-class Said:
-    """A progress that remembers."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def update(self, done: float, total: float, unit: str, note: str = "") -> None:
-        """Not looked at."""
-
-
-def awaited(what: str, holds: Callable[[], bool], thread: threading.Thread) -> None:
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while not holds():
-        assert thread.is_alive(), f"the training ended before {what}"
-        assert time.monotonic() < deadline, f"no sign of {what}"
-        time.sleep(0.1)
+_DEADLINE_SECONDS = 300.0
+SETTINGS = ["vq.train.images=1600", "vq.train.checkpoint_every_images=160"]
 
 
 @pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray cluster of two machines on loopback addresses, this process attached to it."""
-    for name, value in _QUICK_HEALTH.items():
-        monkeypatch.setenv(name, value)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    mark = uuid.uuid4().hex
-    monkeypatch.setenv(MARK, mark)
-    port = free_ports(1)[0]
-    head = {"num_cpus": 1, "node_ip_address": "127.0.0.2", "include_dashboard": True, "dashboard_port": port}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3")
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        ray.init(address=cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="warning")
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        for pid in processes(mark):  # some outlive `shutdown`
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-@pytest.mark.long
-def test_a_lost_machine_is_replaced_by_another_and_the_result_is_that_of_an_undisturbed_run(
-    two_nodes: Any, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def here(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """This process can speak to S3; the environment of commands that can."""
     for name, value in {**s3_server.env, "HVQD_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    root = Store(f"s3://{s3_server.bucket}/lost-node")
-    env = environment(tmp_path, {**s3_server.env, "OMP_NUM_THREADS": "1"})
-    whole = tmp_path / "whole"
+    renew()
+    yield environment(tmp_path, {**s3_server.env, "OMP_NUM_THREADS": "1"})
+    renew()
+
+
+def undisturbed(folder: Path, env: dict[str, str], *, train: bool = True) -> Store:
+    """The root of the same training on this machine alone; or of its data."""
+    whole = folder / "whole"
     arguments = ["--preset", "integration", "--root", str(whole), "--json"]
-    for setting in SETTINGS:
+    for setting in [*SETTINGS, "compute.workers=2"]:
         arguments += ["--set", setting]
-    run_hvqd("data", "build", *arguments, cwd=tmp_path, env=env).succeeded()
-    run_hvqd("train", "vq", *arguments, cwd=tmp_path, env=env).succeeded()
-    root.child("dataset").upload_folder(whole / "dataset")
+    for command in (("data", "build"), ("train", "vq"))[: 2 if train else 1]:
+        run_hvqd(*command, *arguments, cwd=folder, env=env).succeeded()
+    return Store(str(whole))
 
-    config = load_config("integration", None, [*SETTINGS, f"compute.address={two_nodes.address}"], root.url)
-    said, ended = Said(), []
-    thread = threading.Thread(target=lambda: ended.append(train_vq(Context(config, root, said))), daemon=True)
-    thread.start()
-    checkpoints = root.child("vq", "checkpoints")
-    awaited(
-        "a checkpoint",
-        lambda: any(checkpoints.child(n).exists("manifest.json") for n in checkpoints.children()),
-        thread,
-    )
-    (victim,) = two_nodes.worker_nodes
-    os.kill(victim.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-    awaited("the loss", lambda: any("a worker was lost" in line for line in said.lines), thread)
-    two_nodes.add_node(num_cpus=1, node_ip_address="127.0.0.4")
-    thread.join(_DEADLINE_SECONDS)
-    assert len(ended) == 1, said.lines
 
-    local = Store(str(whole / "vq"))
+def train_on(cluster: Any, root: Store, *changes: str) -> tuple[InThread, Said]:
+    """The training under way on a cluster."""
+    settings = [*SETTINGS, *changes, f"compute.address={cluster.address}"]
+    said, config = Said(), load_config("integration", None, settings, root.url)
+    return InThread(lambda: train_vq(Context(config, root, said))), said
+
+
+def test_a_lost_machine_is_replaced_by_another_and_the_result_is_that_of_an_undisturbed_run(
+    here: dict[str, str], s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, whole = Store(f"s3://{s3_server.bucket}/lost-node"), undisturbed(tmp_path, here)
+    root.child("dataset").upload_folder(whole.child("dataset").path)
+    with ray_nodes(monkeypatch, "127.0.0.3") as cluster:
+        training, said = train_on(cluster, root, "compute.workers=2")
+        alive = training.thread.is_alive
+        awaited("a checkpoint", lambda: has_checkpoint(root.child("vq", "checkpoints")), alive, lambda: said.lines)
+        kill_node(cluster)
+        awaited("the loss", lambda: any("a worker was lost" in x for x in said.lines), alive, lambda: said.lines)
+        cluster.add_node(num_cpus=1, node_ip_address="127.0.0.4")
+        training.thread.join(_DEADLINE_SECONDS)
+    assert len(training.result) == 1, said.lines
+    local = whole.child("vq")
     assert root.child("vq").read_json("history.json") == local.read_json("history.json")
     assert root.child("vq").read_json("manifest.json")["files"] == local.read_json("manifest.json")["files"]
+
+
+def test_a_training_grows_when_a_machine_joins_and_goes_on_with_fewer_when_it_is_lost(
+    here: dict[str, str], s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Store(f"s3://{s3_server.bucket}/elastic")
+    root.child("dataset").upload_folder(undisturbed(tmp_path, here, train=False).child("dataset").path)
+    checkpoints = root.child("vq", "checkpoints")
+    with ray_nodes(monkeypatch) as cluster:
+        training, said = train_on(cluster, root, "compute.workers={min: 1, max: 2}", "vq.train.images=6400")
+        alive = training.thread.is_alive
+        awaited("a checkpoint of one", lambda: has_checkpoint(checkpoints, 1), alive, lambda: said.lines)
+        cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3")
+        awaited("a checkpoint of two", lambda: has_checkpoint(checkpoints, 2), alive, lambda: said.lines)
+        kill_node(cluster)
+        training.thread.join(_DEADLINE_SECONDS)
+    assert len(training.result) == 1, said.lines
+    assert sum("there is room for more workers" in line for line in said.lines) == 1, said.lines
+    assert sum("a worker was lost" in line for line in said.lines) == 1, said.lines
+    history = root.child("vq").read_json("history.json")
+    losses = {record["images"]: record["loss"] for record in history if "loss" in record}
+    assert list(losses) == list(range(160, 6401, 160)), "no gap and no double point"
+    assert losses[6400] < losses[160]
+
+
+@contextmanager
+def head(port: int, env: dict[str, str], folder: Path) -> Iterator[str]:
+    """A cluster's head with two CPUs, as `ray start` makes it; killed with all its processes in the end."""
+    mark = uuid.uuid4().hex
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
+    options = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats", "--block"]
+    with (folder / "head.log").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, *options], env={**env, MARK: mark, **QUICK_HEALTH}, stdout=log, stderr=log, cwd=folder
+        )
+    try:
+        yield mark
+    finally:
+        end_all(mark)
+        process.wait()
+
+
+def test_a_head_that_is_lost_ends_the_command_and_the_same_command_goes_on_at_the_next_head(
+    here: dict[str, str], s3_server: S3Server, tmp_path: Path
+) -> None:
+    root, whole = Store(f"s3://{s3_server.bucket}/lost-head"), undisturbed(tmp_path, here)
+    root.child("dataset").upload_folder(whole.child("dataset").path)
+    (port,) = free_ports(1)
+    arguments = ["train", "vq", "--preset", "integration", "--root", root.url, "--json"]
+    for setting in [*SETTINGS, "compute.workers=2", f"compute.address=127.0.0.1:{port}"]:
+        arguments += ["--set", setting]
+    with head(port, here, tmp_path):
+        process = start_hvqd(*arguments, cwd=tmp_path, env=here)
+        checkpoints = root.child("vq", "checkpoints")
+        awaited("a checkpoint", lambda: has_checkpoint(checkpoints), lambda: process.poll() is None, lambda: "")
+    lost = time.monotonic()
+    try:
+        out, err = process.communicate(timeout=_DEADLINE_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 1, f"status {process.returncode} after {time.monotonic() - lost:.0f} s\n{out}\n{err}"
+    assert "\nhint: " in err, err
+    with head(port, here, tmp_path):
+        done = run_hvqd(*arguments, cwd=tmp_path, env=here).succeeded()
+    assert done.answer["digest"] == json.loads(whole.child("vq").read_bytes("manifest.json"))["digest"]
