@@ -37,6 +37,7 @@ from infra.jobs import (
     find_job,
 )
 from infra.targets import RayTarget
+from infra.versions import COMMIT, source_commit
 
 CODE = ("hvqd_model", "infra", "workflows", "tuning", "pyproject.toml", "constraints.txt")
 """What travels: the packages and the lock."""
@@ -264,13 +265,14 @@ class RayLauncher:
 
 
 def _stage(folder: Path) -> str:
-    """Copy what travels."""
+    """Copy what travels, with the commit that the models made by it shall name."""
     for name in CODE:
         source = _REPOSITORY / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
         elif source.exists():
             shutil.copyfile(source, folder / name)
+    (folder / COMMIT).write_text(source_commit())
     return str(folder)
 
 

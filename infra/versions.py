@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "mlflow", "pydantic", "numpy")
 _ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "COMMIT"
+"""A file beside source that travels without its repository."""
 _CODE = ("hvqd_model", "infra", "workflows", "tuning")
 
 
@@ -31,6 +34,19 @@ def code_digest() -> str:
         for path in sorted((_ROOT / package).rglob("*.py")):
             digest.update(f"{path.relative_to(_ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def source_commit(folder: Path = _ROOT) -> str:
+    """The git commit of the source in a folder, as its repository or the file `COMMIT` tells; else `unknown`."""
+    told = folder / COMMIT
+    if told.is_file():
+        return told.read_text().strip()
+    words = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

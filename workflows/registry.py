@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from infra.models import Registry, write_pyfunc
 from infra.secrets import mask
 from infra.storage import Store
 from infra.tracking import Tracker
+from infra.versions import source_commit
 from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
 from workflows.bundle import LoadedBundle, bundle_digest, bundle_problems, load_bundle, write_bundle, write_digests
 from workflows.card import model_card
@@ -96,7 +96,7 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
     measured = evaluation.read_bytes("metrics.json")
     lock = locked((*SERVED, "tokenizers") if "text" in config.prior.model.conditions else SERVED)
     run = context.run or tracker.run(f"register-{request}", "register", tags={"hvqd.step": "register"})
-    commit, runs = _commit(), _runs(tracker, lineage)
+    commit, runs = source_commit(), _runs(tracker, lineage)
     card = model_card(config, parents, json.loads(measured)["protocol"], commit, runs)
     with tempfile.TemporaryDirectory(prefix="hvqd-version-") as scratch:
         folder = Path(scratch)
@@ -197,22 +197,6 @@ def _data_licences(source: str, licences: list[str]) -> str:
     stated = ", ".join(licences) or "not stated by the source"
     attribution = _ATTRIBUTION.read_text() if source == "emoji" and _ATTRIBUTION.is_file() else ""
     return f"# Licences of the training pictures\n\n{stated}\n" + (f"\n{attribution}" if attribution else "")
-
-
-def _commit() -> str:
-    """The source's git commit, or `unknown` for an installed package."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 def judged_tag(protocol: str) -> str:

@@ -23,6 +23,7 @@ from tests.conftest import FinishedRun, RegistryServer
 from tests.ray_hosts import RayNodes, ray_nodes
 from tests.services import S3Server
 
+pytestmark = pytest.mark.long
 TOKEN = "a-token-of-the-test-" + "0123456789abcdef" * 2
 _DEADLINE_SECONDS = 300.0
 
@@ -134,7 +135,6 @@ def test_a_folder_of_this_machine_is_no_root_for_a_cluster(place: Place) -> None
     assert not (place.folder / "root").exists()
 
 
-@pytest.mark.long
 def test_the_whole_path_runs_on_the_cluster_though_whoever_launched_it_has_gone(
     place: Place,
     registry_server: RegistryServer,
@@ -171,4 +171,4 @@ def test_the_whole_path_runs_on_the_cluster_though_whoever_launched_it_has_gone(
     assert list(digests) == ["dataset", "vq", "codes", "prior", "evaluation"]
     assert {step: store.child(step).read_json("manifest.json")["digest"] for step in digests} == digests
     champion = place.hvqd("models", "show", "champion", "--root", root, "--json").succeeded().answer
-    assert champion["name"] == "launched", champion
+    assert champion["model"] == "launched", champion

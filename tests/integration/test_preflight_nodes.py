@@ -86,9 +86,8 @@ def test_every_fault_of_a_machine_is_named_on_it_and_none_on_the_other(tmp_path:
     env = environment(tmp_path)
     with two_hosts(tmp_path) as (one, other), ray_nodes(WELL, within=one) as nodes:
         faults = _MOUNTS.format(disk=disk, root=root, well=WELL)
-        ill = nodes.start(
-            ILL, within=(*other, "sh", "-c", faults, "sh"), env={"TMPDIR": str(disk)}, plasma=nodes.folder
-        )
+        infected = (*other, "unshare", "--mount", "sh", "-c", faults, "sh")
+        ill = nodes.start(ILL, within=infected, env={"TMPDIR": str(disk)}, plasma=nodes.folder)
 
         def preflight(*more: str) -> Finished:
             words = ["preflight", "--preset", "integration", "--root", str(root)]

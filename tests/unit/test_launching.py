@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +29,9 @@ from infra.jobs import (
     launcher_for,
 )
 from infra.jobs_local import LocalLauncher
+from infra.jobs_ray import CODE, _stage
 from infra.targets import KubeRayTarget, LocalTarget, RayTarget, SlurmTarget, Target, read_target, target_names
-from infra.versions import differences, versions
+from infra.versions import code_digest, differences, source_commit, versions
 from tests.command_line import environment, run_hvqd
 from workflows.job import Job
 from workflows.launching import settings_options, submission_for
@@ -146,6 +149,16 @@ def test_an_elastic_job_asks_for_the_workers_that_it_starts_with_at_least() -> N
     check_resources(elastic, 1, 0, "a small cluster")
     batches = [f"{stage}.train.{size}" for stage in ("vq", "prior") for size in ("global_batch=64", "micro_batch=32")]
     assert submitted("run", overrides=["compute.workers={min: 2, max: 8}", *batches]).workers == 2
+
+
+def test_what_travels_is_the_same_code_with_its_lock_and_its_commit(tmp_path: Path) -> None:
+    staged = Path(_stage(tmp_path))
+    assert {path.name for path in staged.iterdir()} == {*CODE, "COMMIT"}
+    program = "from infra.versions import code_digest, source_commit; print(code_digest(), source_commit())"
+    words = [sys.executable, "-S", "-c", program]
+    there = subprocess.run(words, cwd=staged, capture_output=True, text=True, check=True).stdout.split()
+    assert there == [code_digest(), source_commit()]
+    assert len(there[1]) == 40, "a commit, in a checkout"
 
 
 # ---- bad input ----
