@@ -359,7 +359,8 @@ def _write(
         KIND,
         digest,
         {"model": editor.bundle.digest},
-        {**asked, **vars(counts), "columns": {"class_column": "class", "group_column": "group"}},
+        {"asked": asked, **vars(counts), "columns": {"class_column": "class", "group_column": "group"}},
+        {"source": request.source, "model": request.model or "champion"},
         known=finished_shards(store, staging),
         leave_out=(f"{STAGING}/",),
     )

@@ -116,10 +116,10 @@ def parts(root: Path | None = None) -> Mapping[str, Measure]:
 BENCHMARK = Benchmark(
     name="inpainting",
     what=(
-        "Square holes of 10 of 32 pixels in 200 held-out pictures, filled by `tiny` told no class: PSNR within the hole "
-        "(a draw, not the mean of all that would fit) and distance of the whole picture in the features of an "
-        "evaluation. `now` is `hvqd edit inpaint`; `grey` encodes the hole as plain grey and draws codes around it anew "
-        "on every level; `spread` has the colours around the hole spread into it and nothing drawn."
+        "Square holes of 10 of 32 pixels in 200 held-out pictures, filled by `tiny` told no class: PSNR within the "
+        "hole (a draw, not the mean of all that would fit) and distance of the whole picture in the features of an "
+        "evaluation. `now` is `hvqd edit inpaint`; `grey` encodes the hole as plain grey and draws codes around it "
+        "anew on every level; `spread` has the colours around the hole spread into it and nothing drawn."
     ),
     parts=parts(),
     repeats=1,

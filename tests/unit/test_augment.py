@@ -85,6 +85,15 @@ def test_a_folder_becomes_rows_that_data_build_reads_with_variants_beside_their_
     facts = found["facts"]
     assert (facts["originals"], facts["rejected"], facts["unknown_classes"]) == (5, 1, 1)
     assert facts["variants"] + facts["unchanged"] == 10 and facts["variants"] >= 8
+    asked = facts["asked"]
+    assert (asked["variants"], asked["strength"], asked["keep"], asked["originals"], asked["seed"]) == (
+        2,
+        0.6,
+        1,
+        True,
+        3,
+    )
+    assert asked["model"] == load_bundle(model).digest and asked["sampling"]["steps"] == 3
     settings = SETTINGS.model_copy(update={"source": "out", "class_column": "class", "group_column": "group"})
     read = [raw for unit in list_units(settings) for raw in read_unit(unit)]
     assert len(read) == facts["originals"] + facts["variants"]
