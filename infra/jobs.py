@@ -14,6 +14,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -142,18 +143,21 @@ def forwarded(target: Target) -> dict[str, str]:
     return {name: os.environ[name] for name in target.forward if name in os.environ}
 
 
+def is_seen(path: str, target: Target) -> bool:
+    """Whether every machine of the target sees what lies here under a path or URL."""
+    if isinstance(target, LocalTarget) or ("://" in path and not path.startswith("file://")):
+        return True
+    found = Path(path.removeprefix("file://")).expanduser().resolve()
+    return any(found.is_relative_to(shared) for shared in target.shared_folders)
+
+
 def check_root(root: str, target: Target, on: str) -> None:
     """Whether every machine of the target sees the root.
 
     Raises:
         InputError: it is a folder that only this machine is known to see.
     """
-    from pathlib import Path
-
-    if isinstance(target, LocalTarget) or ("://" in root and not root.startswith("file://")):
-        return
-    folder = Path(root.removeprefix("file://")).expanduser().resolve()
-    if any(folder.is_relative_to(shared) for shared in target.shared_folders):
+    if is_seen(root, target):
         return
     raise InputError(
         f"the root {root} is a folder of this machine, and the nodes of {on} would each write to their own\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import InputError
-from infra.jobs import Document, Submission, check_root, forwarded, job_name
+from infra.jobs import Document, Submission, check_root, forwarded, is_seen, job_name
 from infra.targets import LocalTarget, Target
 from workflows.job import Job
 
@@ -46,7 +46,9 @@ def submission_for(
     options = [*settings_options(job), "--root", root]
     if not isinstance(target, LocalTarget):
         options += ["--set", "compute.address=auto"]
-    rest = list(words[len(verb) :])
+    rest = [_word_elsewhere(word, target, on) for word in words[len(verb) :]]
+    if config.gates.file is not None:
+        options += ["--set", f"gates.file={json.dumps(_word_elsewhere(config.gates.file, target, on))}"]
     if preflight:
         from infra.versions import versions
 
@@ -68,6 +70,23 @@ def submission_for(
 def _root_elsewhere(root: str, target: Target) -> str:
     """The root as the target must name it: a job there begins in another folder, where `runs/tiny` is another place."""
     return root if "://" in root or isinstance(target, LocalTarget) else str(Path(root).expanduser().resolve())
+
+
+def _word_elsewhere(word: str, target: Target, on: str) -> str:
+    """A word of the command; one that names a file or folder of this machine as the target must name it.
+
+    Raises:
+        InputError: it names one, and the target's machines do not see it.
+    """
+    is_path = "/" in word or word.endswith((".yaml", ".yml"))
+    if word.startswith("-") or not is_path or isinstance(target, LocalTarget) or not Path(word).expanduser().exists():
+        return word
+    if not is_seen(word, target):
+        raise InputError(
+            f"{word} lies on this machine, and the nodes of {on} do not see it\n"
+            "hint: a URL (s3://bucket/…), or a folder that all nodes mount, named in the target's shared_folders"
+        )
+    return str(Path(word).expanduser().resolve())
 
 
 def _checked_name(name: str) -> str:

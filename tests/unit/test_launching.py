@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -159,6 +160,25 @@ def test_what_travels_is_the_same_code_with_its_lock_and_its_commit(tmp_path: Pa
     there = subprocess.run(words, cwd=staged, capture_output=True, text=True, check=True).stdout.split()
     assert there == [code_digest(), source_commit()]
     assert len(there[1]) == 40, "a commit, in a checkout"
+
+
+def test_a_file_in_a_shared_folder_travels_as_an_absolute_path_and_one_of_this_machine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("space.yaml", "gates.yaml"):
+        (tmp_path / name).write_text("")
+    shared = RAY.model_copy(update={"shared_folders": (str(tmp_path),)})
+    found = submitted("tune space.yaml", shared, overrides=["gates.file=gates.yaml"])
+    assert found.command[1] == str(tmp_path / "space.yaml")
+    assert f"gates.file={json.dumps(str(tmp_path / 'gates.yaml'))}" in found.command
+    unseen = [("tune space.yaml", []), ("run", ["gates.file=gates.yaml"]), (f"data build {tmp_path}", [])]
+    for words, overrides in unseen:
+        with pytest.raises(InputError, match=r"lies on this machine, and the nodes of ray do not see it\nhint: a URL"):
+            submitted(words, overrides=overrides)
+    assert submitted("tune space.yaml", LocalTarget(kind="local"), "local").command[1] == "space.yaml"
+    assert submitted("tune vq").command[1] == "vq", "a ready space is no file"
+    assert submitted("data build /only/there").command[2] == "/only/there", "what lies on the nodes is theirs to find"
 
 
 # ---- bad input ----
