@@ -45,15 +45,23 @@ def connect(address: str | None, cpus: int, *, compare_versions: bool = True) ->
     if address is None:
         # Workers of a local cluster inherit this process's environment, credentials included.
         os.environ.pop("RAY_ADDRESS", None)
-        with _own_signals():
-            ray.init(
-                address="local",
-                num_cpus=max(cpus, os.cpu_count() or 1),
-                include_dashboard=False,
-                log_to_driver=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level="warning",
-            )
+        try:
+            with _own_signals():
+                ray.init(
+                    address="local",
+                    num_cpus=max(cpus, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    logging_level="warning",
+                )
+        except Exception as error:  # Ray raises nothing more special
+            if "timed out during startup" not in str(error):
+                raise
+            raise EnvironmentFailure(
+                "Ray did not start on this machine in the 30 s that it gives itself\n"
+                "hint: the machine is busy beyond measure; with less beside it the same command goes on where it stood"
+            ) from error
         return
     if address != "auto":
         _check_answers(address)
