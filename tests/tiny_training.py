@@ -6,14 +6,16 @@ Some weights are large enough (over 10,000 elements) for ZeRO-3 to shard them; s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.config import PriorConfig, VQConfig
+from hvqd_model.prior.latents import LatentStatistics
 from hvqd_model.prior.prior import HierarchicalPrior
 from workflows.config import TrainSettings, VQTrainSettings
 from workflows.data.batches import CodeTable, ImageTable
@@ -21,6 +23,7 @@ from workflows.training.alarms import Alarm
 from workflows.training.engine import Engine
 from workflows.training.judges import build_judges
 from workflows.training.loop import Record, TrainState
+from workflows.training.precision import Precision
 from workflows.training.prior_stage import PriorStage
 from workflows.training.vq_stage import VQStage
 
@@ -94,7 +97,17 @@ def vq_stage(settings: VQTrainSettings, weights: int = 0, **architecture: Any) -
     return VQStage(model, settings, 5, "fp32", image_table(20), image_table(6, seed=1), judges)
 
 
-def prior_stage(settings: TrainSettings, weights: int = 0, **architecture: Any) -> PriorStage:
+def latent_table(table: CodeTable, codebooks: Sequence[Tensor]) -> CodeTable:
+    """The same with latents: each code's vector and some noise around it."""
+    generator = np.random.default_rng(len(table))
+    vectors = [codebook.numpy()[codes] for codebook, codes in zip(codebooks, table.codes, strict=True)]
+    latents = tuple((found + generator.normal(0, 0.3, found.shape)).astype(np.float16) for found in vectors)
+    return replace(table, latents=latents)
+
+
+def prior_stage(
+    settings: TrainSettings, weights: int = 0, precision: Precision = "fp32", **architecture: Any
+) -> PriorStage:
     """Stage 2 with fresh weights drawn from the seed `weights`."""
     torch.manual_seed(weights)
     config = PriorConfig(
@@ -105,8 +118,12 @@ def prior_stage(settings: TrainSettings, weights: int = 0, **architecture: Any) 
         **({"width": 64, "depth": 1, "heads": 2} | architecture),
     )
     codebooks = [torch.randn(size, CODE_DIM) for size in CODES]
-    model = HierarchicalPrior(config, codebooks)
-    return PriorStage(model, settings, 5, "fp32", code_table(20), code_table(6, seed=1))
+    tables = [code_table(20), code_table(6, seed=1)]
+    if config.noise == "gaussian":
+        tables = [latent_table(table, codebooks) for table in tables]
+    statistics = [LatentStatistics(book.mean(0), book.std(0)) for book in codebooks]
+    model = HierarchicalPrior(config, codebooks, statistics if config.noise == "gaussian" else None)
+    return PriorStage(model, settings, 5, precision, *tables)
 
 
 @dataclass

@@ -9,7 +9,7 @@ packed for the linear layers, so that each parameter is used once whatever the b
 attend image by image.
 
 Axes: B images, N tokens of a level, D channels, H heads, K codes; index K is the mask. A bucket is the images with the
-same number of levels present.
+same number of levels present; T tokens are those of all buckets.
 """
 
 from __future__ import annotations
@@ -106,8 +106,13 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, tokens: list[Tensor], condition: Tensor, buckets: list[_Bucket]) -> list[Tensor]:
-        """Each bucket's (b, N, D) tokens, given the (B, D) condition."""
+    def forward(self, packed: Tensor, condition: Tensor, buckets: list[_Bucket]) -> Tensor:
+        """(T, D) tokens of all buckets, given the (B, D) condition.
+
+        One tensor goes in and one comes out, however many buckets there are: ZeRO-3 counts a module's tensors, and
+        ranks with other numbers of buckets would wait for each other for ever.
+        """
+        tokens = _split(packed, buckets)
         parts = self.modulation(condition)[:, None].chunk(6, -1)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
         normed = [_modulate(x, shift_1, scale_1, bucket) for x, bucket in zip(tokens, buckets, strict=True)]
@@ -115,7 +120,7 @@ class Block(nn.Module):
         tokens = [torch.addcmul(x, gate_1[b.images], y) for x, y, b in zip(tokens, mixed, buckets, strict=True)]
         normed = [_modulate(x, shift_2, scale_2, bucket) for x, bucket in zip(tokens, buckets, strict=True)]
         mixed = _packed(self._mlp, normed)
-        return [torch.addcmul(x, gate_2[b.images], y) for x, y, b in zip(tokens, mixed, buckets, strict=True)]
+        return _joined([torch.addcmul(x, gate_2[b.images], y) for x, y, b in zip(tokens, mixed, buckets, strict=True)])
 
     def _attention(self, normed: list[Tensor], buckets: list[_Bucket]) -> list[Tensor]:
         mixed = []
@@ -136,6 +141,19 @@ class Block(nn.Module):
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, bucket: _Bucket) -> Tensor:
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return torch.addcmul(shift[bucket.images], normed, 1 + scale[bucket.images])
+
+
+def _joined(tokens: list[Tensor]) -> Tensor:
+    """(T, D) from every bucket's (b, N, D), one after the other."""
+    flat = [x.flatten(0, 1) for x in tokens]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _split(packed: Tensor, buckets: list[_Bucket]) -> list[Tensor]:
+    """Each bucket's (b, N, D) from (T, D)."""
+    shapes = [(bucket.images.stop - bucket.images.start, len(bucket.rotation)) for bucket in buckets]
+    parts = torch.split(packed, [images * count for images, count in shapes])
+    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _packed(layer: Callable[[Tensor], Tensor], tokens: list[Tensor]) -> list[Tensor]:
@@ -202,13 +220,16 @@ class Denoiser(FrozenBuffers):
             place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         condition, own_times, maps = self.conditioning(level_times, given)
         tokens, buckets = self._embed(codes, own_times, maps, starts)
+        packed = _joined(tokens)
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, condition, buckets, use_reentrant=False, preserve_rng_state=False)
+                packed = checkpoint(block, packed, condition, buckets, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, condition, buckets)
+                packed = block(packed, condition, buckets)
         shift, scale = self.final_modulation(condition)[:, None].chunk(2, -1)
-        features = [_modulate(x, shift, scale, bucket) for x, bucket in zip(tokens, buckets, strict=True)]
+        features = [
+            _modulate(x, shift, scale, bucket) for x, bucket in zip(_split(packed, buckets), buckets, strict=True)
+        ]
         return self._read_out(features, starts, place, rows)
 
     def _embed(

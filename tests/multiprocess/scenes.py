@@ -21,6 +21,7 @@ from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.engine import Engine
 from workflows.training.loop import Record, train
 from workflows.training.plain import PlainEngine
+from workflows.training.precision import Precision
 from workflows.training.prior_stage import PriorStage
 from workflows.training.stage import Position
 from workflows.training.vq_stage import VQStage
@@ -64,10 +65,16 @@ class Cast:
         return vq_stage(vq_settings(steps, **(self.settings | settings)), weights, **(architecture or {}))
 
     def prior(
-        self, steps: int, weights: int = 0, architecture: dict[str, Any] | None = None, **settings: Any
+        self,
+        steps: int,
+        weights: int = 0,
+        architecture: dict[str, Any] | None = None,
+        precision: Precision = "fp32",
+        **settings: Any,
     ) -> PriorStage:
         """The stage to train."""
-        return prior_stage(prior_settings(steps, **(self.settings | settings)), weights, **(architecture or {}))
+        chosen = prior_settings(steps, **(self.settings | settings))
+        return prior_stage(chosen, weights, precision, **(architecture or {}))
 
     def train(self, stage: AnyStage) -> Outcome:
         """The outcome of training from the start to the end."""
@@ -126,7 +133,13 @@ def compared_scenes(cast: Cast) -> dict[str, Outcome]:
     scenes = {
         "prior, one step": cast.prior(1),
         "prior, twenty steps": cast.prior(20, ema_half_life_images=40),
+        "prior, twenty steps in bf16": cast.prior(20, precision="bf16", ema_half_life_images=40),
         "prior, levels apart": cast.prior(4, architecture={"stagger": 1.0}),
+        "gaussian prior, one step": cast.prior(1, architecture={"noise": "gaussian", "stagger": 1.0}),
+        # Between 0 and 1 ranks hold images of one level, of both, or of either, and must not lose step over it.
+        "gaussian prior, twenty steps": cast.prior(
+            20, architecture={"noise": "gaussian", "stagger": 0.5}, ema_half_life_images=40
+        ),
         # Codebooks from k-means at once, and no restarts: the gradient with the codes given.
         "vq, one step": cast.vq(1, architecture={"restart_threshold": 0.0}, codebook_start=0),
         # Without codes: a code that changes for a rounding error would change everything after it.

@@ -42,6 +42,13 @@ def largest_difference(one: Tensors, other: Tensors) -> float:
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
 
 
+def mean_difference(one: Tensors, other: Tensors) -> float:
+    """The root of the mean square over all elements of tensors with the same names."""
+    assert one.keys() == other.keys()
+    squares = torch.cat([(one[name].double() - other[name].double()).square().reshape(-1) for name in one])
+    return float(squares.mean().sqrt())
+
+
 def assert_identical(one: Tensors, other: Tensors) -> None:
     """To the bit, not-a-number refused."""
     assert one.keys() == other.keys()
@@ -61,7 +68,7 @@ def recorded(outcome: Outcome, name: str) -> float:
 
 
 @every_zero_stage
-@pytest.mark.parametrize("scene", ["prior, one step", "vq, one step"])
+@pytest.mark.parametrize("scene", ["prior, one step", "gaussian prior, one step", "vq, one step"])
 def test_two_halves_of_a_batch_give_the_gradient_of_the_whole(
     plain: dict[str, Outcome], ranks: list[dict[int, Facts]], zero_stage: int, scene: str
 ) -> None:
@@ -86,7 +93,7 @@ def test_accumulated_micro_batches_give_the_gradient_and_the_codebooks_of_the_wh
 
 
 @every_zero_stage
-@pytest.mark.parametrize("scene", ["prior, twenty steps", "vq, twenty steps"])
+@pytest.mark.parametrize("scene", ["prior, twenty steps", "gaussian prior, twenty steps", "vq, twenty steps"])
 def test_twenty_steps_on_two_ranks_equal_twenty_on_one(
     plain: dict[str, Outcome], ranks: list[dict[int, Facts]], zero_stage: int, scene: str
 ) -> None:
@@ -95,6 +102,17 @@ def test_twenty_steps_on_two_ranks_equal_twenty_on_one(
     assert largest_difference(halves.exported, whole.exported) < 1e-4
     named = {name: whole.exported[name] for name in whole.weights}
     assert largest_difference(named, whole.weights) > 1e-3, "the average is not the weights"
+
+
+@every_zero_stage
+def test_in_bf16_two_ranks_are_nearer_to_one_than_bf16_is_to_fp32(
+    plain: dict[str, Outcome], ranks: list[dict[int, Facts]], zero_stage: int
+) -> None:
+    exact, rounded = plain["prior, twenty steps"], plain["prior, twenty steps in bf16"]
+    halves = ranks[0][zero_stage].compared["prior, twenty steps in bf16"]
+    for kind in ("weights", "exported"):
+        by_rounding = mean_difference(getattr(rounded, kind), getattr(exact, kind))
+        assert 0 < mean_difference(getattr(halves, kind), getattr(rounded, kind)) < by_rounding
 
 
 @every_zero_stage
