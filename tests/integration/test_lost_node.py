@@ -103,13 +103,20 @@ def test_a_training_grows_when_a_machine_joins_and_goes_on_with_fewer_when_it_is
 def head(port: int, env: dict[str, str], folder: Path) -> Iterator[str]:
     """A cluster's head with two CPUs, as `ray start` makes it; killed with all its processes in the end."""
     mark = uuid.uuid4().hex
+    log_file = folder / f"head-{mark}.log"
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
     options = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats", "--block"]
-    with (folder / "head.log").open("ab") as log:
+    with log_file.open("wb") as log:
         process = subprocess.Popen(
             [*command, *options], env={**env, MARK: mark, **QUICK_HEALTH}, stdout=log, stderr=log, cwd=folder
         )
     try:
+        awaited(
+            "the head",
+            lambda: "Ray runtime started" in log_file.read_text(errors="replace"),
+            lambda: process.poll() is None,
+            lambda: log_file.read_text(errors="replace"),
+        )
         yield mark
     finally:
         end_all(mark)
@@ -128,7 +135,8 @@ def test_a_head_that_is_lost_ends_the_command_and_the_same_command_goes_on_at_th
     with head(port, here, tmp_path):
         process = start_hvqd(*arguments, cwd=tmp_path, env=here)
         checkpoints = root.child("vq", "checkpoints")
-        awaited("a checkpoint", lambda: has_checkpoint(checkpoints), lambda: process.poll() is None, lambda: "")
+        alive = lambda: process.poll() is None  # noqa: E731
+        awaited("a checkpoint", lambda: has_checkpoint(checkpoints), alive, lambda: alive() or process.communicate())
     lost = time.monotonic()
     try:
         out, err = process.communicate(timeout=_DEADLINE_SECONDS)

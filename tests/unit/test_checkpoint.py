@@ -205,6 +205,20 @@ def test_one_without_a_manifest_does_not_count_and_is_deleted_by_the_next_save(c
     assert steps_of(checkpoints) == [1, 2, 4]
 
 
+def test_what_another_rank_has_written_of_the_next_one_outlives_the_tidying_up_after_this_one(
+    checkpoints: StoreCheckpoints,
+) -> None:
+    """Rank 1 does not wait for rank 0 to tidy up, which a slow store delays."""
+    checkpoints._attempt = "0123abcd"
+    early = checkpoints.store.child(f"{prefix_of(5)}0123abcd")
+    leftover = checkpoints.store.child(f"{prefix_of(6)}deadbeef")
+    for folder in (early, leftover):
+        folder.write_bytes("rank-00001.safetensors", b"of rank 1")
+    checkpoints.save(engine(4), TrainState(4 * GLOBAL_BATCH))
+    assert early.files() and not leftover.files()
+    assert steps_of(checkpoints) == [2, 3, 4, 5]
+
+
 def test_those_of_another_request_do_not_count_and_are_deleted_by_the_next_save(checkpoints: StoreCheckpoints) -> None:
     other = StoreCheckpoints(checkpoints.store, "another request", keep=3, companion=Partner(3.5))
     assert restored(other) == (-1, TrainState())

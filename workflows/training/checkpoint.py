@@ -313,7 +313,10 @@ class StoreCheckpoints:
                 candidates.append(Candidate(place, found.score))
         stay = kept(candidates, self.retention)
         for name in present:
-            if name not in stay:
+            place = Name.parse(name)
+            # Other ranks do not wait for this tidying up: they may be writing the next one already.
+            is_next = place is not None and place.attempt == newest.place.attempt and place > newest.place
+            if name not in stay and not is_next:
                 self._delete(name)
 
     def _delete(self, name: str) -> None:
