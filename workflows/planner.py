@@ -28,6 +28,8 @@ _BUCKET_ELEMENTS = {"cpu": 1 << 23, "gpu": 50_000_000}
 """Of DeepSpeed's reduce and gather buffers, as the engine sets them."""
 _ZERO3_LIVE = 1_000_000_000
 """Parameters that DeepSpeed keeps gathered at ZeRO-3 at most (its default)."""
+_GIVEN_BACK = 0.08
+"""Fragments where large pieces of memory are given back at once: their small remainder, measured on a CPU."""
 _DEFAULT_GPU = "h100-80gb"
 _PICTURE_COMPRESSION = 4.0
 """A PNG of a picture is about so much smaller than its pixels."""
@@ -244,7 +246,7 @@ def plan_stage(config: RunConfig, stage: StageName, walked: StageFootprint, mach
         micro_batch=settings.micro_batch,
         accumulation=accumulation,
         steps=steps,
-        memory=memory_of(settings, walked, workers, on_gpu=on_gpu, fragments=machine.device.fragments),
+        memory=memory_of(settings, walked, workers, on_gpu=on_gpu, fragments=fragments_of(config, stage, machine)),
         host_bytes=3 * _FLOAT * walked.parameters // workers if settings.offload_optimizer else 0,
         flops_an_image=walked.micro.total_flops / settings.micro_batch,
         wire_bytes=wire_bytes(walked.parameters, walked.statistics_bytes, workers, zero, accumulation),
@@ -268,6 +270,15 @@ def effective_stage(settings: TrainSettings, workers: int) -> int:
     from workflows.training.zero import worthwhile
 
     return int(worthwhile(settings, workers).zero_stage)
+
+
+def fragments_of(config: RunConfig, stage: StageName, machine: Machine) -> float:
+    """What the allocator holds between the pieces in use, as a share of the activations.
+
+    A checkpointed prior on a CPU gives back what it frees (`workflows.training.heap`).
+    """
+    checkpointed = stage == "prior" and config.prior.model.activation_checkpointing
+    return _GIVEN_BACK if checkpointed and not config.compute.gpus_per_worker else machine.device.fragments
 
 
 def memory_of(

@@ -29,7 +29,7 @@ from workflows.config import RunConfig
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.loading import config_from
 from workflows.model_walk import Pictures, StageName, stage_footprint
-from workflows.planner import Machine, memory_of, settings_of, step_times
+from workflows.planner import Machine, fragments_of, memory_of, settings_of, step_times
 from workflows.training.judges import Judges
 from workflows.training.loop import train
 from workflows.training.prior_stage import PriorStage
@@ -226,7 +226,8 @@ def compare(case: Case) -> Figures:
     machine = Machine("here", chief["device"], chief["shares"])
     settings = settings_of(case.config, case.stage)
     walked = stage_footprint(case.config, case.stage, Pictures(None, CLASSES))
-    planned = memory_of(settings, walked, case.workers, on_gpu=False, fragments=machine.device.fragments)
+    fragments = fragments_of(case.config, case.stage, machine)
+    planned = memory_of(settings, walked, case.workers, on_gpu=False, fragments=fragments)
     seconds = sum(step_times(settings, walked, machine, case.workers, on_gpu=False))
     return {
         f"memory_{case.name}": planned.total / peak,

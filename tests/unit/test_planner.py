@@ -16,7 +16,7 @@ from workflows.loading import config_from, load_config
 from workflows.model_walk import Pictures, StageFootprint, _prior, stage_footprint
 from workflows.plan_advice import changed_config, least_change
 from workflows.plan_text import plan_text
-from workflows.planner import GIB, Machine, estimate, memory_of, plan_stage, wire_bytes
+from workflows.planner import GIB, Machine, estimate, fragments_of, memory_of, plan_stage, wire_bytes
 from workflows.prices import BUNDLED, Device, Prices, read_prices
 
 PARAMETERS = 1_000_000
@@ -60,6 +60,15 @@ def test_the_average_is_sharded_as_the_optimizer_is() -> None:
     assert memory_of(settings, WALKED, 4, on_gpu=False, fragments=0.0).average == PARAMETERS
     alone = settings.model_copy(update={"global_batch": 16})
     assert memory_of(alone, WALKED, 1, on_gpu=False, fragments=0.0).average == 4 * PARAMETERS
+
+
+def test_a_checkpointed_prior_on_a_cpu_is_planned_without_the_heaps_fragments() -> None:
+    config = load_config("integration")
+    changed = changed_config(config, {"prior.model.activation_checkpointing": True})
+    prices = read_prices()
+    machine = Machine("cpu", prices.devices["cpu"], prices.shares)
+    shares = [fragments_of(found, stage, machine) for found in (config, changed) for stage in ("vq", "prior")]
+    assert shares[:3] == [machine.device.fragments] * 3 and shares[3] < 0.1
 
 
 def test_offloading_moves_the_optimizer_to_the_host() -> None:
