@@ -313,9 +313,9 @@ class StoreCheckpoints:
                 candidates.append(Candidate(place, found.score))
         stay = kept(candidates, self.retention)
         for name in present:
-            place = Name.parse(name)
             # Other ranks do not wait for this tidying up: they may be writing the next one already.
-            is_next = place is not None and place.attempt == newest.place.attempt and place > newest.place
+            named = Name.parse(name)
+            is_next = named is not None and named.attempt == newest.place.attempt and named > newest.place
             if name not in stay and not is_next:
                 self._delete(name)
 
