@@ -60,7 +60,7 @@ def cost(store: Store, *, background: bool, checkpoints: int, steps: int, width:
 
 def measure(quick: bool, seed: int) -> Figures:
     """Both sides, one after the other."""
-    checkpoints, steps, width = (3, 8, 192) if quick else (5, 12, 384)
+    checkpoints, steps, width = (3, 8, 192) if quick else (8, 30, 384)
     with tempfile.TemporaryDirectory(prefix="hvqd-cost-") as name, seaweedfs(Path(name)) as server:
         os.environ.update(server.env)
         root = Store(f"s3://{server.bucket}/cost-{seed}")
