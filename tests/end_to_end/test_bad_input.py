@@ -47,7 +47,7 @@ def _refused(done: Finished, status: int, error: str, hint: str) -> None:
         ),
         (
             ["compute.workers=3"],
-            r"vq\.train\.global_batch must be a multiple of micro_batch x workers \(16 x 3\): 32",
+            r"vq\.train\.global_batch must be a multiple of micro_batch x workers \(8 x 3\): 16",
             r"the nearest is vq\.train\.global_batch=48",
         ),
         (

@@ -30,7 +30,7 @@ def test_the_numbers_of_workers_divide_the_global_batch(workers: str, allowed: l
         ("0", r"compute\.workers: .*greater than or equal to 1, not 0\nhint: "),
         ("{min: 3, max: 2}", r"workers must rise from min to max: 3 to 2\nhint: \{min: 1, max: 4\}"),
         ("{min: 1}", r"compute\.workers\.max: field required"),
-        ("{min: 3, max: 3}", r"global_batch must be a multiple of .*\(16 x 3\): 32\nhint: the nearest is"),
+        ("{min: 3, max: 3}", r"global_batch must be a multiple of .*\(8 x 3\): 16\nhint: the nearest is"),
     ],
 )
 def test_what_cannot_work_is_refused(workers: str, message: str) -> None:

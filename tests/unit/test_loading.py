@@ -41,7 +41,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("vq.model.strides=[4,8]", r"strides must not grow from level to level, coarse first: \[4, 8\]\nhint: "),
         ("vq.model.codebook_sizes=[64]", r"codebook_sizes must have one entry a level \(2\): \[64\]\nhint: "),
         ("vq.model.codebook_sizes=[64,1]", r"codebook_sizes must be at least 2 each: \[64, 1\]\nhint: "),
-        ("compute.workers=3", r"vq\.train\.global_batch must be a multiple of .*\(16 x 3\): 32\nhint: the nearest is"),
+        ("compute.workers=3", r"vq\.train\.global_batch must be a multiple of .*\(8 x 3\): 16\nhint: the nearest is"),
         ("prior.model.width=100", r"width must be a multiple of 4 x heads \(16\).*: 100\nhint: width=96"),
         ("data.test_share=0.95", r"must leave something to train on: 0\.06 \+ 0\.95\nhint: "),
         ("seed", r"--set takes key=value with a dotted key: seed\nhint: "),
