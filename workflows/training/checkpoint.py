@@ -299,7 +299,10 @@ class StoreCheckpoints:
         return persist(call, f"{action} the checkpoint", self.store, self.patience_seconds)
 
     def _drop_old(self, newest: Saved) -> None:
-        """Delete what the policy does not keep, leftovers of crashes and of other requests included."""
+        """Delete what the policy does not keep, leftovers of crashes and of other requests included.
+
+        What is not named like a checkpoint is somebody else's, and stays: `hvqd checkpoints gc` shows it.
+        """
         present = self.store.children()
         candidates = []
         for place in names(self.store):
@@ -315,7 +318,9 @@ class StoreCheckpoints:
         for name in present:
             # Other ranks do not wait for this tidying up: they may be writing the next one already.
             named = Name.parse(name)
-            is_next = named is not None and named.attempt == newest.place.attempt and named > newest.place
+            if named is None:
+                continue
+            is_next = named.attempt == newest.place.attempt and named > newest.place
             if name not in stay and not is_next:
                 self._delete(name)
 
