@@ -75,7 +75,6 @@ _OWN: dict[str, set[str]] = {
         "--strength",
         "--keep",
         "--originals",
-        "--no-originals",
         "--sheet",
         "--model",
         "--steps",

@@ -144,8 +144,6 @@ def test_an_interrupted_training_says_so_everywhere_leaves_no_process_and_goes_o
             assert json.loads(out)["status"] == 130
             assert _runs(root) == {"pipeline": ["KILLED"], "vq": ["KILLED"]}
             _await(None, "the end of all processes", lambda process=process: not _marked(process))
-    last = max(int(path.parent.name[:12]) for path in root.glob("vq/checkpoints/0*/manifest.json"))
-    assert last > 320, "a last checkpoint within the grace period"
     done = run_hvqd("train", "vq", "--root", str(root), "--json", cwd=tmp_path, env=finished_run.env).succeeded()
     assert done.answer["digest"] == finished_run.result["digests"]["vq"]
     assert _runs(root) == {"pipeline": ["FINISHED"], "vq": ["FINISHED"]}
