@@ -233,3 +233,15 @@ def _aliases(root: Path) -> dict[str, str]:
 def _registration(root: Path) -> object:
     manifest = json.loads((root / "registration" / "manifest.json").read_text())
     return {name: manifest[name] for name in ("digest", "request", "facts", "parents")}
+
+
+def test_sigterm_leaves_a_last_checkpoint_within_the_grace_period(finished_run: FinishedRun, tmp_path: Path) -> None:
+    root = _copy(finished_run, tmp_path, "dataset")
+    long = ("--set", "vq.train.images=64000", "--set", "vq.train.checkpoint_every_images=32000")
+    with _started(root, finished_run, "train", "vq", *long) as process:
+        _await(process, "the first steps", lambda: any(root.glob("vq/times/*")))
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=_DEADLINE_SECONDS)
+        assert process.returncode == 130, err
+    (last,) = root.glob("vq/checkpoints/0*/manifest.json")
+    assert 0 < int(last.parent.name[:12]) < 32_000, "it is not one of those that come at their time"

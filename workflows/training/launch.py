@@ -175,12 +175,16 @@ class _Group:
         self.failures: list[BaseException] = []
         # In a thread, because Ray Train takes Ctrl-C for itself on the main one; a daemon, so that it can be abandoned.
         self.thread = threading.Thread(target=self._fit, daemon=True)
+        # Not `join`: interrupted by a signal, it takes a thread that still runs for ended (CPython, bpo-45274).
+        self.ended = threading.Event()
 
     def _fit(self) -> None:
         try:
             _fit(self.job, self.mailbox, self.work, self.workers)
         except BaseException as error:  # handed to the main thread
             self.failures.append(error)
+        finally:
+            self.ended.set()
 
     def run(self) -> BaseException | None:
         """What ended it, None when it did what it was asked.
@@ -195,8 +199,7 @@ class _Group:
         self.desk.begin(self.watchdog)
         self.thread.start()
         try:
-            while self.thread.is_alive():
-                self.thread.join(_POLL_SECONDS)
+            while not self.ended.wait(_POLL_SECONDS):
                 self._look()
         except KeyboardInterrupt:
             self._stop()
@@ -232,8 +235,7 @@ class _Group:
         deadline = time.monotonic() + grace
         self.mailbox.give_order.remote(STOP)
         with suppress(ray.exceptions.RayError):
-            while self.thread.is_alive() and time.monotonic() < deadline and self.desk.stopped == 0:
-                self.thread.join(_POLL_SECONDS)
+            while not self.ended.wait(_POLL_SECONDS) and time.monotonic() < deadline and self.desk.stopped == 0:
                 self.desk.show(ray.get(self.mailbox.take.remote(), timeout=_POLL_SECONDS * 10))
 
 
