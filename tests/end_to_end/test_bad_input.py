@@ -47,8 +47,8 @@ def _refused(done: Finished, status: int, error: str, hint: str) -> None:
         ),
         (
             ["compute.workers=3"],
-            r"vq\.train\.global_batch must be a multiple of micro_batch x workers \(8 x 3\): 16",
-            r"the nearest is vq\.train\.global_batch=24",
+            r"vq\.train\.global_batch must be a multiple of micro_batch x workers \(16 x 3\): 32",
+            r"the nearest is vq\.train\.global_batch=48",
         ),
         (
             ["data.validation_share=0.6", "data.test_share=0.5"],
