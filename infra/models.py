@@ -135,18 +135,24 @@ class Registry:
         """
         return str(self._version(model, version).source)
 
+    def has(self, model: str) -> bool:
+        """Whether the registry knows the model."""
+        return self._model_tags(model) is not None
+
     def model_tag(self, model: str, name: str) -> str | None:
         """A tag of the model itself; None when there is no such model or tag."""
+        return (self._model_tags(model) or {}).get(name)
+
+    def _model_tags(self, model: str) -> dict[str, str] | None:
         from mlflow.exceptions import MlflowException
 
         with explained(self.uri):
             try:
-                found: str | None = self.client.get_registered_model(model).tags.get(name)
+                return dict(self.client.get_registered_model(model).tags)
             except MlflowException as error:
                 if error.error_code in _ABSENT:
                     return None
                 raise
-        return found
 
     def set_model_tag(self, model: str, name: str, value: str) -> None:
         """Set one tag of the model itself."""

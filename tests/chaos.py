@@ -131,6 +131,28 @@ def outcome(root: Path, stage: str) -> dict[str, object]:
     }
 
 
+def differences(found: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
+    """What of an outcome is not as expected, each with its first difference."""
+    return [
+        f"{name}: {_first_difference(found[name], expected[name])}"
+        for name in expected
+        if found[name] != expected[name]
+    ]
+
+
+def _first_difference(found: object, expected: object) -> str:
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted({*found, *expected}):
+            if found.get(key) != expected.get(key):
+                return f"{key} = {found.get(key)!r:.200}, not {expected.get(key)!r:.200}"
+    if isinstance(found, list) and isinstance(expected, list):
+        for place, (one, other) in enumerate(zip(found, expected, strict=False)):
+            if one != other:
+                return f"entry {place} is {one!r:.200}, not {other!r:.200}"
+        return f"{len(found)} entries, not {len(expected)}"
+    return f"{found!r:.200}, not {expected!r:.200}"
+
+
 def tracked(root: Path, stage: str) -> list[tuple[str, int, float]]:
     """Every point of the history that the tracker has, in order; a double one would be there twice."""
     with closing(sqlite3.connect(f"file:{root / 'mlflow.db'}?mode=ro", uri=True)) as store:

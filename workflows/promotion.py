@@ -122,6 +122,10 @@ class Promoter:
         """The model's journal."""
         return Journal(self.folder, self.model)
 
+    def is_known(self) -> bool:
+        """Whether there is anything to decide about: the model in the registry, or decisions in the journal."""
+        return self.registry.has(self.model) or self.journal.head() is not None
+
     @contextmanager
     def turn(self, what: str) -> Iterator[Lease]:
         """One at a time, and only after what a crash left unfinished is finished."""
@@ -439,21 +443,22 @@ def rollback(context: Context, tracker: Tracker, version: str | None, reason: st
     if not reason.strip():
         raise InputError("--reason must say why\nhint: it is recorded, for example --reason 'flags come out grey'")
     model = context.config.tracking.model_name
-    _check_is_there(tracker, model)
-    promoter = promoter_for(context, tracker)
+    promoter = _known_promoter(context, tracker)
     with promoter.turn(f"rollback of {model}") as lease:
         return promoter.decide(lease, "rollback", _target(promoter, version), reason)
 
 
 def plan_rollback(context: Context, tracker: Tracker, version: str | None) -> str:
     """The version that `rollback` would make champion; the same errors, and nothing is moved."""
-    _check_is_there(tracker, context.config.tracking.model_name)
-    return _target(promoter_for(context, tracker), version)
+    return _target(_known_promoter(context, tracker), version)
 
 
-def _check_is_there(tracker: Tracker, model: str) -> None:
-    if not tracker.is_there:
-        raise InputError(f"the model {model} has no champion to go back from\nhint: `hvqd promote` makes one")
+def _known_promoter(context: Context, tracker: Tracker) -> Promoter:
+    """The promoter of a model that the registry or the journal knows."""
+    promoter = promoter_for(context, tracker)
+    if not (tracker.is_there and promoter.is_known()):
+        raise InputError(f"the model {promoter.model} has no champion to go back from\nhint: `hvqd promote` makes one")
+    return promoter
 
 
 def _target(promoter: Promoter, version: str | None) -> str:

@@ -262,6 +262,11 @@ def kid_parts_under(tags: Mapping[str, str], protocol: str) -> KidParts | None:
     return KidParts(value["within"], tuple(value["across"]), tuple(value["counts"]), value["set_error"])
 
 
+def no_versions(model: str) -> InputError:
+    """What a question about a model says that was never registered."""
+    return InputError(f"the model {model} has no versions yet\nhint: `hvqd register` makes one")
+
+
 def find_version(tracker: Tracker, model: str, name: str) -> str:
     """The number of a version that is named by number or alias.
 
@@ -269,7 +274,7 @@ def find_version(tracker: Tracker, model: str, name: str) -> str:
         InputError: there is no registry, or no such version.
     """
     if not tracker.is_there:
-        raise InputError(f"the model {model} has no versions yet\nhint: `hvqd register` makes one")
+        raise no_versions(model)
     registry = Registry(tracker.uri)
     found = name if name.isdigit() else registry.alias(model, name)
     if found is None:

@@ -16,6 +16,7 @@ from infra.storage import Store, open_store
 from infra.tracking import Tracker
 from workflows.context import Context
 from workflows.promotion import Promoter, champions, promoter_for
+from workflows.registry import no_versions
 from workflows.tables import aligned
 from workflows.versions import Report
 
@@ -46,9 +47,9 @@ def collect(context: Context, tracker: Tracker, *, keep: int, delete: bool) -> R
     if keep < 0:
         raise InputError(f"--keep must be at least 0: {keep}\nhint: --keep 5 keeps the five newest whatever they are")
     model = context.config.tracking.model_name
-    if not tracker.is_there:
-        raise InputError(f"the model {model} has no versions yet\nhint: `hvqd register` makes one")
     promoter = promoter_for(context, tracker)
+    if not (tracker.is_there and promoter.is_known()):
+        raise no_versions(model)
     if not delete:
         return _report(model, fates(promoter, keep), deleted=False)
     with promoter.turn(f"gc of {model}") as lease:  # nobody promotes what is about to go

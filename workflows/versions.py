@@ -20,6 +20,7 @@ from workflows.registry import (
     BUNDLE_PATH,
     figures_under,
     find_version,
+    no_versions,
     protocols_of,
     shared_protocol,
     version_problems,
@@ -41,7 +42,7 @@ class Report:
 def _registry(context: Context, tracker: Tracker) -> tuple[Registry, str]:
     model = context.config.tracking.model_name
     if not tracker.is_there:
-        raise InputError(f"the model {model} has no versions yet\nhint: `hvqd register` makes one")
+        raise no_versions(model)
     return Registry(tracker.uri), model
 
 
@@ -54,6 +55,8 @@ def list_versions(context: Context, tracker: Tracker) -> Report:
     """Every version with its aliases, age, main figures and protocol."""
     registry, model = _registry(context, tracker)
     versions = registry.versions(model)
+    if not versions:
+        raise no_versions(model)
     rows = [["version", "aliases", "registered (UTC)", *_LISTED.values(), "protocol"]]
     for version in versions:
         figures = _figures(version.tags)

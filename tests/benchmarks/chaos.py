@@ -18,18 +18,19 @@ from runner import REPOSITORY, Benchmark, Figures, Target, main, work_folder
 
 sys.path.insert(0, str(REPOSITORY))  # the chaos that the tests use, too
 
-from tests.chaos import STAGES, VICTIMS, copy_inputs, outcome, run_disturbed
+from tests.chaos import STAGES, VICTIMS, copy_inputs, differences, outcome, run_disturbed
 from tests.command_line import environment, run_hvqd
 
 _RUNS, _PARTS, _QUICK_RUNS = 20, 10, 1
 _SETTINGS = ("--preset", "integration", "--set", "vq.train.images=1280", "--set", "prior.train.images=1280")
 _OFTEN = ("--set", "vq.train.checkpoint_every_images=160", "--set", "prior.train.checkpoint_every_images=160")
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 _INPUTS = {"vq": ("dataset",), "prior": ("dataset", "vq", "codes")}
 
 
 def undisturbed(folder: Path) -> tuple[Path, dict[str, str]]:
     """The root of a run without kills, made once, and the environment of all."""
-    env = environment(folder, {"OMP_NUM_THREADS": "1"})
+    env = environment(folder, _ONE_THREAD)
     root = folder / "whole"
     for command in (("data", "build"), ("train", "vq"), ("encode",), ("train", "prior")):
         run_hvqd(*command, *_SETTINGS, *_OFTEN, "--root", str(root), "--json", cwd=folder, env=env).succeeded()
@@ -43,7 +44,11 @@ def measure(part: int, quick: bool, seed: int) -> Figures:
     if runs:
         folder = work_folder("chaos") / f"{os.getpid()}"
         folder.mkdir(exist_ok=True)
-        whole, env = undisturbed(folder) if not (folder / "whole").exists() else (folder / "whole", environment(folder))
+        whole, env = (
+            undisturbed(folder)
+            if not (folder / "whole").exists()
+            else (folder / "whole", environment(folder, _ONE_THREAD))
+        )
         expected = {stage: outcome(whole, stage) for stage in STAGES}
     for number in range(runs):
         chance = random.Random(10_000 * seed + 100 * part + number)
@@ -55,8 +60,9 @@ def measure(part: int, quick: bool, seed: int) -> Figures:
                 command = ("train", stage, *_SETTINGS, *_OFTEN)
                 try:
                     course = run_disturbed(root, env, command, stage, victims, chance.randrange(1 << 30))
-                    assert outcome(root, stage) == expected[stage], f"another outcome after {course.kills}"
                     kills, starts = kills + len(course.kills), starts + course.starts
+                    different = differences(outcome(root, stage), expected[stage])
+                    assert not different, f"another outcome after {course.kills}: {different}"
                 except AssertionError as error:
                     violations += 1
                     print(f"part {part}, run {number}, {stage}, {victims}: {error}", file=sys.stderr)

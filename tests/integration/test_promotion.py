@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from tests.conftest import RegistryServer
 from tests.integration.test_tracking import answering
 from tests.registry_place import KIDS, Place, race
 from workflows.promotion import ENTRY_TAG, promote, promoter_for, rollback
+from workflows.version_gc import collect
 from workflows.versions import compare_versions, history, list_versions, repair, show_version
 
 
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.long)])
+@pytest.fixture(params=["sqlite", "server"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """sqlite and a folder, or an MLflow server on PostgreSQL with artifacts on S3."""
     if request.param == "sqlite":
@@ -298,7 +300,22 @@ def test_versions_are_listed_shown_and_compared(place: Place) -> None:
 
 @pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 def test_without_a_registry_the_questions_say_so(place: Place) -> None:
-    for ask in (list_versions, lambda *given: show_version(*given, "1"), lambda *given: history(*given, verify=True)):
+    for ask in (
+        list_versions,
+        lambda *given: show_version(*given, "1"),
+        lambda *given: history(*given, verify=True),
+        lambda *given: collect(*given, keep=1, delete=True),
+    ):
         with pytest.raises(InputError, match=r"the model hvqd has no versions yet\nhint: `hvqd register` makes one"):
             ask(place.context, place.tracker)
     assert not place.context.root.path.exists()
+
+
+def test_a_registry_that_knows_only_other_models_says_so_and_is_not_bound(place: Place) -> None:
+    place.registry.client.create_registered_model(f"another-{uuid.uuid4().hex}")
+    for ask in (list_versions, lambda *given: collect(*given, keep=1, delete=True)):
+        with pytest.raises(InputError, match=r"the model hvqd has no versions yet\nhint: `hvqd register` makes one"):
+            ask(place.context, place.tracker)
+    with pytest.raises(InputError, match=r"the model hvqd has no champion to go back from"):
+        rollback(place.context, place.tracker, None, "why")
+    assert place.journal_folder.files() == {}

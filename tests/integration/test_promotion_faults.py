@@ -21,7 +21,6 @@ from tests.registry_place import Place
 from tests.services import MLflowServer, S3Server, free_ports, mlflow_on, postgresql, seaweedfs
 from workflows.promotion import champions, promoter_for
 
-pytestmark = pytest.mark.long
 _AWAIT_SECONDS = 180.0
 
 

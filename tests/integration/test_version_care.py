@@ -109,7 +109,6 @@ def test_a_version_goes_to_another_registry_with_its_bytes_and_is_judged_there(p
         production.promote("2")
 
 
-@pytest.mark.long
 def test_a_version_goes_from_a_staging_server_to_a_production_server_with_artifacts_of_its_own(
     registry_server: RegistryServer, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
