@@ -28,20 +28,6 @@ QUICK_HEALTH = {
 """With Ray's defaults the worker of a dead machine trains on for a while, and nothing is tested."""
 
 
-class Said:
-    """A progress that remembers."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        """A line."""
-        self.lines.append(text)
-
-    def update(self, done: float, total: float, unit: str, note: str = "") -> None:
-        """Not looked at."""
-
-
 def awaited(what: str, holds: Callable[[], bool], alive: Callable[[], bool], said: Callable[[], object]) -> None:
     """Wait until something holds while the training is alive."""
     deadline = time.monotonic() + _DEADLINE_SECONDS

@@ -150,6 +150,7 @@ class Heard:
     steps: list[tuple[int, int, str]] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
     pictures: list[tuple[int, bytes]] = field(default_factory=list)
+    past: list[tuple[list[Record], list[Alarm]]] = field(default_factory=list)
 
     def progress(self, images_seen: int, total: int, note: str) -> None:
         """A step."""
@@ -162,6 +163,10 @@ class Heard:
     def alarm(self, alarm: Alarm) -> None:
         """What goes wrong."""
         self.alarms.append(alarm)
+
+    def catch_up(self, history: list[Record], alarms: list[Alarm]) -> None:
+        """What was told before."""
+        self.past.append((history, alarms))
 
     def picture(self, images_seen: int, png: bytes) -> None:
         """What an evaluation looked at."""

@@ -20,7 +20,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,7 @@ from infra.errors import InputError
 from infra.models import Registry
 from infra.tracking import Tracker
 from workflows.asking import Asked
+from workflows.batching import Batcher
 from workflows.bundle import SERVED_BATCH
 from workflows.config import ServeSettings
 from workflows.registry import load_version
@@ -128,9 +128,7 @@ class Pictures:
         self._meter = Meter()
         self._waiting = 0
         self._away: str | None = None
-        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
-        # Its parameters are only known here, and the decorator wants them at import.
-        self._draw_one.set_batch_wait_timeout_s(served.settings.batch_wait_seconds)
+        self._batcher = Batcher(self._draw, SERVED_BATCH, served.settings.batch_wait_seconds)
         if served.version is None:
             threading.Thread(target=self._follow, daemon=True, name="follow").start()
 
@@ -174,7 +172,7 @@ class Pictures:
             except InputError as error:
                 problem, _, hint = _OPTION.sub(r"\1", str(error)).partition("\nhint: ")
                 raise BadRequest(problem, hint) from error
-            drawn = await asyncio.gather(*[self._draw_one(item) for item in items])
+            drawn = await asyncio.gather(*[self._batcher.ask(item) for item in items])
         pictures = [base64.b64encode(png).decode() for png in drawn]
         return {
             "model": self._served.model,
@@ -202,10 +200,9 @@ class Pictures:
         finally:
             self._waiting -= count
 
-    @serve.batch(max_batch_size=SERVED_BATCH, batch_wait_timeout_s=0.01)  # type: ignore[untyped-decorator]
-    async def _draw_one(self, items: list[Item]) -> list[bytes]:
-        """A PNG for each; callers pass one item and get one PNG."""
-        drawn = await asyncio.get_running_loop().run_in_executor(self._drawing, self._holder.draw, items)
+    def _draw(self, items: Sequence[Item]) -> list[bytes]:
+        """A PNG for each."""
+        drawn = self._holder.draw(items)
         self._meter.batches += 1
         self._meter.pictures += len(items)
         return drawn

@@ -87,6 +87,9 @@ class Nothing:
     def alarm(self, alarm: Alarm) -> None:
         """Nobody is told."""
 
+    def catch_up(self, history: list[Record], alarms: list[Alarm]) -> None:
+        """Nobody is told."""
+
     def picture(self, images_seen: int, png: bytes) -> None:
         """Nobody is told."""
 
@@ -120,6 +123,10 @@ class StopWatch:
     def alarm(self, alarm: Alarm) -> None:
         """Pass it on."""
         self.inner.alarm(alarm)
+
+    def catch_up(self, history: list[Record], alarms: list[Alarm]) -> None:
+        """Pass it on."""
+        self.inner.catch_up(history, alarms)
 
     def picture(self, images_seen: int, png: bytes) -> None:
         """Pass it on."""

@@ -83,6 +83,9 @@ class Nothing:
     def alarm(self, alarm: Alarm) -> None:
         """Nobody is told."""
 
+    def catch_up(self, history: list[Record], alarms: list[Alarm]) -> None:
+        """Nobody is told."""
+
     def picture(self, images_seen: int, png: bytes) -> None:
         """Nobody is told."""
 

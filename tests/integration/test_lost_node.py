@@ -17,7 +17,8 @@ import pytest
 from infra.storage import Store, renew
 from tests.chaos import MARK
 from tests.command_line import environment, run_hvqd, start_hvqd
-from tests.ray_nodes import QUICK_HEALTH, InThread, Said, awaited, end_all, has_checkpoint, kill_node, ray_nodes
+from tests.ray_nodes import QUICK_HEALTH, InThread, awaited, end_all, has_checkpoint, kill_node, ray_nodes
+from tests.said import Said
 from tests.services import S3Server, free_ports
 from workflows.context import Context
 from workflows.loading import load_config

@@ -25,6 +25,7 @@ from infra.storage import open_store
 from infra.tracking import TrackedRun, Tracker, open_tracker
 from tests.command_line import Finished, environment, run_hvqd
 from tests.conftest import FinishedRun
+from tests.said import Said
 from tests.services import MLflowServer, free_ports
 from workflows.config import RunConfig
 from workflows.context import Context
@@ -99,6 +100,21 @@ def test_pictures_and_alarms_of_a_training_are_kept_with_its_run(tracker: Tracke
     names = [item.path for item in run.client.list_artifacts(run.run_id, "pictures")]
     assert names == ["pictures/images-000000000016.png", "pictures/images-000000032000.png"]
     assert run.client.get_run(run.run_id).data.tags["hvqd.alarm.codebook_collapse_level_1"] == alarm.text
+
+
+def test_what_a_killed_driver_did_not_pass_on_is_tracked_once_after_all(tracker: Tracker, tmp_path: Path) -> None:
+    root = open_store(str(tmp_path))
+    alarm = Alarm("codebook collapse", 1, 30, "0.2% of the codes used", "vq.model.restart_threshold=0.05")
+    records = [{"images": float(images), "loss": 1 / images} for images in (10, 20, 30, 40)]
+    first = Desk(Context(RunConfig(), root, run=tracker.run("killed", "vq")), root.child("vq"))
+    first.show([("record", records[0]), ("record", records[1])])
+    run, said = tracker.run("killed", "vq"), Said()
+    Desk(Context(RunConfig(), root, said, run=run), root.child("vq")).show(
+        [("past", (records[:3], [alarm])), ("record", records[3]), ("alarm", alarm)]
+    )
+    assert history(run, "loss") == [(record["images"], record["loss"]) for record in records]
+    assert run.client.get_run(run.run_id).data.tags["hvqd.alarm.codebook_collapse_level_1"] == alarm.text
+    assert said.lines == [], "it was told by the first one"
 
 
 def test_a_run_ends_as_what_happened(tracker: Tracker) -> None:

@@ -404,6 +404,7 @@ def test_a_resumed_training_says_nothing_twice(tmp_path: Path) -> None:
 
     first, _ = go_on(240)
     second, records = go_on(320)
+    assert second.past == [(first.records, first.alarms)], "for a listener that died before it heard the last of it"
     titles = [alarm.title for alarm in (*first.alarms, *second.alarms)]
     assert "codebook collapse, level 1" in [alarm.title for alarm in first.alarms]
     assert len(titles) == len(set(titles))

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from infra.storage import open_store
-from tests.ray_nodes import Said
+from tests.said import Said
 from workflows.config import RunConfig
 from workflows.context import Context
 from workflows.training.desk import Desk

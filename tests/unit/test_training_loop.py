@@ -88,6 +88,8 @@ def test_resume_equals_an_uninterrupted_run_to_the_bit(kind: str, stopped_after:
     assert_identical(everything(resumed), everything(whole))
     assert state.history == history
     assert heard.steps[0][0] == (stopped_after - stopped_after % 2 + 1) * GLOBAL_BATCH, "from the newest checkpoint"
+    past = [record for records, _ in heard.past for record in records]
+    assert past + heard.records == history, "a listener that heard nothing before knows all in the end"
 
 
 @BOTH

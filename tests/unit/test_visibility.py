@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hvqd_model.codec.quantizer import CodebookStatistics
 from infra.storage import open_store
+from tests.said import Said
 from tests.tiny_training import GLOBAL_BATCH, GoOn, Heard, vq_settings, vq_stage
 from workflows.config import RunConfig
-from workflows.context import Context, Silent
+from workflows.context import Context
 from workflows.training.alarms import Alarm
 from workflows.training.codebook_use import CodebookUse, window_start
 from workflows.training.launch import Desk
@@ -150,17 +151,6 @@ def test_looking_changes_no_number() -> None:
 
 
 # ---- the driver's side ----
-
-
-class Said(Silent):
-    """A console that remembers."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        """A line."""
-        self.lines.append(text)
 
 
 ALARM = Alarm("codebook collapse", 1, 8_000, "0.2% of the codes used", "vq.model.restart_threshold=0.05")

@@ -121,6 +121,8 @@ class Desk:
                 case "record":
                     records += 1
                     self._record(content)
+                case "past":
+                    self._catch_up(*content)
                 case "alarm":
                     self._alarm(content)
                 case "said":
@@ -159,12 +161,20 @@ class Desk:
         if self.context.listen is not None:
             self.context.listen(record)
 
-    def _alarm(self, alarm: Alarm) -> None:
+    def _catch_up(self, history: list[dict[str, float]], alarms: list[Alarm]) -> None:
+        """What a driver that was killed did not pass on any more; the tracker leaves out what it has."""
+        for record in history:
+            self._record(record)
+        for alarm in alarms:
+            self._alarm(alarm, is_news=False)
+
+    def _alarm(self, alarm: Alarm, *, is_news: bool = True) -> None:
         if alarm.title in self._alarms:
             return
         self._alarms.add(alarm.title)
-        for line in alarm.text.splitlines():
-            self.context.progress.say(f"  {line}")
+        if is_news:
+            for line in alarm.text.splitlines():
+                self.context.progress.say(f"  {line}")
         if self.context.run is not None:
             name = "_".join(alarm.title.replace(",", "").split())
             run, tags = self.context.run, {f"hvqd.alarm.{name}": alarm.text}

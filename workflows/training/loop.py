@@ -66,6 +66,9 @@ class Reporter(Protocol):
     def alarm(self, alarm: Alarm) -> None:
         """Something goes wrong; said once a run."""
 
+    def catch_up(self, history: list[Record], alarms: list[Alarm]) -> None:
+        """What a resumed training told before: whoever listened may have died before hearing the last of it."""
+
     def picture(self, images_seen: int, png: bytes) -> None:
         """What an evaluation looked at."""
 
@@ -153,7 +156,9 @@ class _Training:
         self.state = state
         self.kept_at = state.images_seen
         self.watch = self.stage.watch()
-        find_alarms(state.history, self.watch)  # what was said before is not said again
+        alarms = find_alarms(state.history, self.watch)  # what was said before is not said again
+        if state.history and self.engine.rank == 0:
+            self.reporter.catch_up(list(state.history), alarms)
         if state.interval:
             self.means.load(state.interval["means"], self.engine.rank, self.engine.world)
             self.stage.load_interval(state.interval["stage"])

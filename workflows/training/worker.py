@@ -106,6 +106,10 @@ class MailReporter:
         """Something goes wrong."""
         self.mailbox.put.remote(("alarm", alarm))
 
+    def catch_up(self, history: list[Record], alarms: list[Alarm]) -> None:
+        """What was told before the checkpoint gone on from."""
+        self.mailbox.put.remote(("past", (history, alarms)))
+
     def picture(self, images_seen: int, png: bytes) -> None:
         """A picture to keep."""
         self.mailbox.put.remote(("picture", (images_seen, png)))
