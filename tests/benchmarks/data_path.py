@@ -30,7 +30,7 @@ from workflows.artifacts import read_manifest
 from workflows.data.batches import ImageTable, batch_indices, read_shards, shard_names
 
 _BATCH = 16
-_EPOCHS = 10  # `tiny` trains on 57,600 pictures, about ten times its training split
+_EPOCHS = 10  # about as often as `tiny` sees its training split
 _NEED = 240.0
 """Images a second that the fastest stage of `tiny` takes on two cores of the kind in docs/benchmarks.md."""
 
