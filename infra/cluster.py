@@ -20,6 +20,8 @@ from infra.quiet import switch_off_telemetry
 from infra.versions import differences, versions
 
 _ANSWER_SECONDS = 10.0
+_JOIN_SECONDS = 60.0
+"""A cluster that answers is joined in a second or two, by a busy machine in up to half a minute."""
 _VERSIONS_SECONDS = 60.0
 _OBJECT_STORE_BYTES = 1 << 30
 
@@ -65,7 +67,7 @@ def connect(address: str | None, cpus: int, *, compare_versions: bool = True) ->
         return
     if address != "auto":
         _check_answers(address)
-    _within(_ANSWER_SECONDS, lambda: ray.init(address=address, log_to_driver=False, logging_level="warning"), address)
+    _within(_JOIN_SECONDS, lambda: ray.init(address=address, log_to_driver=False, logging_level="warning"), address)
     offered = int(ray.cluster_resources().get("CPU", 0))
     if offered < cpus:
         ray.shutdown()
@@ -227,6 +229,10 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS / 2).close()
     except OSError as error:
         raise _no_answer(address, str(error)) from error
+    if not address.startswith("ray://"):  # something listens; whether it is a cluster's head
+        from ray._raylet import GcsClient
+
+        _within(_ANSWER_SECONDS, lambda: GcsClient(address=address), address)
 
 
 def _within(seconds: float, call: Callable[[], object], address: str) -> None:

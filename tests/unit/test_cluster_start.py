@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -32,3 +35,21 @@ def test_a_machine_too_busy_for_ray_is_named(
     monkeypatch.setattr(ray, "init", fails)
     with pytest.raises(raised, match=match):
         connect(None, 1)
+
+
+def test_what_listens_but_is_no_cluster_is_given_up_after_ten_seconds() -> None:
+    script = """
+import socket, sys, time
+from infra.cluster import connect
+from infra.errors import EnvironmentFailure
+with socket.socket() as silent:
+    silent.bind(("127.0.0.1", 0))
+    silent.listen()
+    started = time.monotonic()
+    try:
+        connect(f"127.0.0.1:{silent.getsockname()[1]}", 1)
+    except EnvironmentFailure as error:
+        print(round(time.monotonic() - started), str(error).splitlines()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert re.fullmatch(r"1\d no Ray cluster answers at 127\.0\.0\.1:\d+: no answer within 10 s\n", done.stdout)
