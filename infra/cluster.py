@@ -230,7 +230,7 @@ def _check_answers(address: str) -> None:
     except OSError as error:
         raise _no_answer(address, str(error)) from error
     if not address.startswith("ray://"):  # something listens; whether it is a cluster's head
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         _within(_ANSWER_SECONDS, lambda: GcsClient(address=address), address)
 
