@@ -230,8 +230,10 @@ def _check_answers(address: str) -> None:
     except OSError as error:
         raise _no_answer(address, str(error)) from error
     if not address.startswith("ray://"):  # something listens; whether it is a cluster's head
+        from ray._private.authentication import authentication_token_setup
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init`
         _within(_ANSWER_SECONDS, lambda: GcsClient(address=address), address)
 
 
