@@ -78,7 +78,7 @@ class RayNodes:
             within: a command that runs the one named by its further arguments.
             plasma: folder of the object store, where it shall not lie in /dev/shm.
         """
-        agent, metrics, runtime, manager, objects, client, low, *_ = _port_block()
+        agent, metrics, runtime, manager, objects, client, low = _port_block(self._ports)
         words = [str(_RAY), "start", "--block", "--disable-usage-stats", f"--node-ip-address={node}"]
         words += [f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
         # All ports are named: a firewall is told of them, and two nodes of one machine must not meet.
@@ -167,10 +167,15 @@ class RayNodes:
             found |= more
 
 
-def _port_block() -> list[int]:
-    """Six free ports and the beginning of a range for workers, below what the kernel hands out by itself."""
-    ports = free_ports(6)
-    return [*ports, free_ports(1)[0]]
+def _port_block(taken: Sequence[int]) -> list[int]:
+    """Six free ports and the beginning of a range for workers that holds none of them, nor of those taken.
+
+    Below what the kernel hands out by itself.
+    """
+    while True:
+        *ports, low = free_ports(7)
+        if not any(low <= port <= low + _WORKER_PORTS for port in (*ports, *taken)):
+            return [*ports, low]
 
 
 def _parent(pid: int) -> int:
