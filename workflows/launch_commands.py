@@ -135,7 +135,7 @@ def launch(
     """Run a command of the path on other machines; --dry-run prints exactly what would be submitted."""
     from infra.jobs import check_free, launcher_for
     from infra.targets import read_target
-    from workflows.launching import shown, submission_for
+    from workflows.launching import shown, submission_for, tracking_note
 
     target = read_target(on)
     submission = submission_for(job, command, target, on, name, preflight=preflight)
@@ -150,6 +150,8 @@ def launch(
     check_free(launcher, submission.name, on)
     state = launcher.submit(submission)
     job.say(f"{state.name} is {state.state}: {state.where}")
+    if (note := tracking_note(job.config, target)) is not None:
+        job.say(note)
     if follow:
         _follow(job, on, submission.name)
         return

@@ -15,6 +15,7 @@ from typing import Any
 from infra.errors import InputError
 from infra.jobs import Document, Submission, check_root, forwarded, is_seen, job_name
 from infra.targets import LocalTarget, Target
+from workflows.config import RunConfig
 from workflows.job import Job
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
@@ -64,6 +65,16 @@ def submission_for(
         preflight=preflight,
         preflight_options=(*options, *expected) if preflight else (),
         secrets=forwarded(target),
+    )
+
+
+def tracking_note(config: RunConfig, target: Target) -> str | None:
+    """What is said where the tracking store of a job would be a file that goes with the machine it runs on."""
+    if isinstance(target, LocalTarget) or config.tracking.uri is not None or "://" not in config.root:
+        return None
+    return (
+        "runs and versions would be tracked in a file of the job's own machine, and be lost with it: "
+        "--set tracking.uri=http://… names a server"
     )
 
 

@@ -83,10 +83,11 @@ def awaited(what: str, holds: Callable[[], bool], said: Callable[[], str] = str)
 
 
 def test_a_launched_step_makes_the_same_artifact_as_a_local_one_and_is_followed_to_its_end(
-    place: Place, s3_server: S3Server, finished_run: FinishedRun
+    place: Place, registry_server: RegistryServer, s3_server: S3Server, finished_run: FinishedRun
 ) -> None:
     root = f"s3://{s3_server.bucket}/launched-step"
-    done = place.launch("data", "build", "--preset", "integration", "--root", root, "--name", "build", "--follow")
+    words = ("--preset", "integration", "--root", root, "--set", f"tracking.uri={registry_server.address}")
+    done = place.launch("data", "build", *words, "--name", "build", "--follow")
     assert "dataset     done" in done.succeeded().out, done.out
     assert done.out.splitlines()[-1] == "hvqd-build has succeeded"
     assert f"{root}/dataset" in done.out
@@ -101,7 +102,7 @@ def test_a_job_that_runs_keeps_its_name_and_stopping_it_leaves_nothing_running(
     place: Place, s3_server: S3Server
 ) -> None:
     words = ("run", "--preset", "integration", "--root", f"s3://{s3_server.bucket}/stopped", "--name", "long")
-    place.launch(*words).succeeded()
+    assert "tracked in a file of the job's own machine" in place.launch(*words).succeeded().err
     second = place.launch(*words)
     lines = second.err.splitlines()
     assert (second.status, len(lines)) == (2, 2), second.err

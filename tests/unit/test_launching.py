@@ -35,7 +35,7 @@ from infra.targets import KubeRayTarget, LocalTarget, RayTarget, SlurmTarget, Ta
 from infra.versions import code_digest, differences, source_commit, versions
 from tests.command_line import environment, run_hvqd
 from workflows.job import Job
-from workflows.launching import settings_options, submission_for
+from workflows.launching import settings_options, submission_for, tracking_note
 
 ROOT = "s3://bucket/run"
 RAY = RayTarget(kind="ray", address="http://127.0.0.1:8265")
@@ -460,3 +460,11 @@ def test_a_mistake_is_two_lines_and_status_two_and_a_missing_program_status_one(
         "error: sbatch is not installed on this machine",
         "hint: run this where Slurm's commands are, usually a login node",
     ]
+
+
+def test_a_tracking_store_that_would_go_with_the_jobs_machine_is_said() -> None:
+    note = tracking_note(job(root="s3://bucket/run").config, RAY)
+    assert note is not None and "--set tracking.uri=http" in note
+    assert tracking_note(job(root="s3://bucket/run", overrides=["tracking.uri=http://mlflow:5000"]).config, RAY) is None
+    assert tracking_note(job(root="/mnt/shared/run").config, RAY) is None, "it lies beside the artifacts"
+    assert tracking_note(job(root="s3://bucket/run").config, LocalTarget(kind="local")) is None
