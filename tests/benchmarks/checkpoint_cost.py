@@ -21,7 +21,7 @@ from runner import REPOSITORY, Benchmark, Figures, Target, main
 
 sys.path.insert(0, str(REPOSITORY))
 
-from infra.storage import Store
+from infra.storage import Store, renew
 from tests.services import seaweedfs
 from tests.tiny_training import GLOBAL_BATCH, Heard, prior_settings, prior_stage
 from workflows.training.checkpoint import StoreCheckpoints
@@ -63,6 +63,7 @@ def measure(quick: bool, seed: int) -> Figures:
     checkpoints, steps, width = (3, 8, 192) if quick else (8, 30, 384)
     with tempfile.TemporaryDirectory(prefix="hvqd-cost-") as name, seaweedfs(Path(name)) as server:
         os.environ.update(server.env)
+        renew()  # another server than the last repeat's
         root = Store(f"s3://{server.bucket}/cost-{seed}")
         sides = {}
         for side, background in (("synchronous", False), ("background", True)):

@@ -24,7 +24,7 @@ from runner import REPOSITORY, Benchmark, Figures, Target, main, work_folder
 
 sys.path.insert(0, str(REPOSITORY))
 
-from infra.storage import Store
+from infra.storage import Store, renew
 from tests.services import seaweedfs
 from workflows.artifacts import read_manifest
 from workflows.data.batches import ImageTable, batch_indices, read_shards, shard_names
@@ -122,6 +122,7 @@ def measure(quick: bool, seed: int) -> Figures:
     folder = dataset()
     with tempfile.TemporaryDirectory(prefix="hvqd-data-") as name, seaweedfs(Path(name)) as server:
         os.environ.update(server.env)
+        renew()  # another server than the last repeat's
         os.environ["HVQD_CACHE"] = f"{name}/cache"  # an empty one: the first pass pays for it
         root = Store(f"s3://{server.bucket}/data-{seed}")
         root.child("ours").upload_folder(folder)
