@@ -94,6 +94,8 @@ class RayNodes:
             words += [f"--address={self.address}"]
         if plasma is not None:
             words += [f"--plasma-directory={plasma}"]
+        if node != self.head and not within:
+            within = self._own_resources(node)
         log = self.folder / f"{node}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -113,6 +115,20 @@ class RayNodes:
             assert time.monotonic() < deadline, f"no node {node} after {_START_SECONDS:.0f} s, only {alive}:\n{said}"
             time.sleep(0.2)
         return process
+
+    def _own_resources(self, node: str) -> tuple[str, ...]:
+        """A command that gives a node a folder of its own for the code of jobs.
+
+        Nodes of one machine share the session's folder, and each one's agent would unpack a job's code anew over what
+        the job is running from.
+        """
+        own, shared = self.folder / f"resources-{node}", self.folder / "session_latest" / "runtime_resources"
+        own.mkdir(exist_ok=True)
+        mounted = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+        return (
+            *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, "sh"),
+            *(str(own), str(shared.resolve())),
+        )
 
     def alive(self) -> list[str]:
         """Addresses of the nodes that the cluster holds for alive; none where it does not answer."""
