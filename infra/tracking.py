@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from infra.errors import EnvironmentFailure, InputError
 from infra.lease import process_identity
 from infra.quiet import switch_off_telemetry
 from infra.secrets import mask
+from infra.signals import held_back
 from infra.storage import Store, place_new
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -92,13 +93,21 @@ def _is_of_artifacts(error: Exception) -> bool:
 
 
 @contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises when its store is away into two lines a user can act on."""
+def explained(uri: str, *, whole: bool = True) -> Iterator[None]:
+    """Turn what MLflow raises when its store is away into two lines a user can act on.
+
+    Args:
+        uri: of the store.
+        whole: a Ctrl-C waits until the block has ended where this process writes the database itself: cut short, the
+            database would stay locked, and the run's end could not be written. False where it may take long.
+    """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError  # what MLflow lets through while it opens a database
 
+    is_database = not uri.startswith(("http://", "https://"))
     try:
-        yield
+        with held_back() if whole and is_database else nullcontext():
+            yield
     except (MlflowException, SQLAlchemyError) as error:
         text = " ".join(str(error).split())
         if re.search("disk is full|No space left", text):
@@ -387,7 +396,7 @@ class TrackedRun:
 
     def log_folder(self, path: Path, folder: str) -> str:
         """A folder as artifacts of the run; returns its URL."""
-        with explained(self.uri):
+        with explained(self.uri, whole=False):
             self.client.log_artifacts(self.run_id, str(path), folder)
             return f"{self.client.get_run(self.run_id).info.artifact_uri}/{folder}"
 

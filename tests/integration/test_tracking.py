@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy.event
 
 from infra.errors import EnvironmentFailure, GateRefusal, InputError
 from infra.models import Registry
@@ -63,6 +65,34 @@ def history(run: TrackedRun, name: str) -> list[tuple[int, float]]:
 
 
 # ---- runs ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("statement", ["INSERT INTO metrics", "SELECT"])
+def test_an_interrupted_write_is_whole_and_the_run_ends_as_killed(
+    tmp_path: Path, number: signal.Signals, statement: str
+) -> None:
+    """Cut short there, the database stayed locked, and the run said RUNNING for good."""
+    tracker = open_tracker(None, "hvqd", open_store(str(tmp_path)))
+    sent: list[str] = []
+
+    def interrupt(statement_now: str) -> None:
+        if statement_now.lstrip().startswith(statement) and not sent:
+            sent.append(statement_now)
+            signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), tracked(tracker.run("cut", "pipeline")) as run:
+            engine = run.client._tracking_client.store.engine
+            sqlalchemy.event.listen(engine, "after_cursor_execute", lambda _c, _cursor, text, *_: interrupt(text))
+            run.log_metrics({"loss": 0.5}, step=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(sent) == 1
+    assert history(run, "loss") == [(1, 0.5)] and run.client.get_run(run.run_id).info.status == "KILLED"
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", timeout=0)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")  # nobody holds it
 
 
 def test_a_resumed_run_is_the_same_run_without_a_double_point(tracker: Tracker) -> None:
