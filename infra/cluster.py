@@ -230,11 +230,26 @@ def _check_answers(address: str) -> None:
     except OSError as error:
         raise _no_answer(address, str(error)) from error
     if not address.startswith("ray://"):  # something listens; whether it is a cluster's head
-        from ray._private.authentication import authentication_token_setup
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+        _within(_ANSWER_SECONDS, lambda: _ask_head(address), address)
 
+
+def _ask_head(address: str) -> None:
+    """Ask a cluster's head for its name, with a token only where it wants one.
+
+    Ray takes the token it finds in the user's home, where every local cluster leaves one. Against a cluster without
+    tokens it would then refuse that cluster's calls back, and the job's first actor would die without a reason.
+    """
+    from ray._private.authentication import authentication_token_setup
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
         authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init`
-        _within(_ANSWER_SECONDS, lambda: GcsClient(address=address), address)
+        GcsClient(address=address)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
 def _within(seconds: float, call: Callable[[], object], address: str) -> None:

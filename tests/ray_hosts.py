@@ -214,8 +214,8 @@ def ray_nodes(head: str, *, token: str = "", within: Sequence[str] = ()) -> Iter
     mark = uuid.uuid4().hex
     env = environment(folder, {MARK: mark, "PATH": f"{_RAY.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"})
     env |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "20"}
-    if token:
-        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    # Said either way: left open, `ray start` takes the token it finds in the user's home.
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
     nodes = RayNodes(head, folder, env, tuple(within), token)
     try:
         nodes.start(head, within=within)

@@ -63,7 +63,6 @@ def scraped(exporter: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     return found
 
 
-@pytest.mark.long  # the command gives a cluster ten seconds, which one that has just begun on a busy machine may need
 def test_a_training_on_a_cluster_exports_every_gauge(exporting_node: tuple[str, str], tmp_path: Path) -> None:
     address, exporter = exporting_node
     root = tmp_path / "run"
