@@ -59,7 +59,7 @@ def check_whole(root: Path | Store, ends: Mapping[int, Status], tracker: Tracker
     sweep, tracker = sweep_of(store), tracker or open_tracker(None, "hvqd", store)
     records = read_trials(sweep)
     assert {record.number: record.status for record in records} == ends
-    runs = tracker.runs(f"tags.`{SWEEP_TAG}` = '{sweep.url}'")
+    runs = list(tracker.runs(f"tags.`{SWEEP_TAG}` = '{sweep.url}'"))
     parents = [run for run in runs if TRIAL_TAG not in run.tags]
     assert [run.status for run in parents] == ["FINISHED"]
     children = {int(run.tags[TRIAL_TAG]): run for run in runs if TRIAL_TAG in run.tags}

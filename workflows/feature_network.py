@@ -15,9 +15,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from infra.errors import InputError
+from workflows.placement import placed
 
 _TAPS = (2, 4, 10)
 """The last blocks at strides 4, 8 and 16. The map at stride 2 says little that pixels do not: it forgives a blur."""
@@ -52,12 +53,13 @@ def weights_digest(named: str | None) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_network(image_size: int | None, named: str | None = None) -> nn.Module:
+def load_network(image_size: int | None, named: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """The network, frozen and in evaluation mode, channels last.
 
     Args:
         image_size: side in pixels of the pictures it will see; None takes any size, paddings found anew each time.
         named: a file with other weights, as safetensors or as a torch state dict without code.
+        device: where it shall be.
 
     Raises:
         InputError: the file is missing, is of another kind, or holds weights of another network.
@@ -68,8 +70,7 @@ def load_network(image_size: int | None, named: str | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # building draws weights that are about to be replaced
         network: nn.Module = EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
     _fill(network, _read(path), path)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.eval().requires_grad_(False)
+    return placed(network, device).eval().requires_grad_(False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -128,10 +129,10 @@ class FeatureMaps:
             device: where the pictures will be.
             named: a file with other weights, see `load_network`.
         """
-        network: Any = load_network(None, named)
+        network: Any = load_network(None, named, device)
         self._act = network._swish
-        self._stem = fuse_conv_bn_eval(network._conv_stem, network._bn0).to(device)
-        self._blocks = nn.ModuleList(_folded(block) for block in network._blocks[: _TAPS[-1] + 1]).eval().to(device)
+        self._stem = _fused(network._conv_stem, network._bn0)
+        self._blocks = nn.ModuleList(_folded(block) for block in network._blocks[: _TAPS[-1] + 1]).eval()
 
     def __call__(self, pictures: Tensor) -> list[Tensor]:
         """(B, C, h, w) maps, finest first, of (B, 3, H, W) pictures in [-1, 1]; gradients reach the pictures only."""
@@ -150,7 +151,16 @@ def _folded(block: Any) -> nn.Module:
     """A block whose batch normalisations stand in the convolutions before them."""
     for convolution, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
         if hasattr(block, convolution):
-            setattr(block, convolution, fuse_conv_bn_eval(getattr(block, convolution), getattr(block, norm)))
+            _fused(getattr(block, convolution), getattr(block, norm))
             setattr(block, norm, nn.Identity())
     folded: nn.Module = block
     return folded
+
+
+def _fused(convolution: Any, norm: Any) -> Any:
+    """The convolution with the batch normalisation behind it in its weights."""
+    convolution.weight, convolution.bias = fuse_conv_bn_weights(
+        *(convolution.weight, convolution.bias),
+        *(norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias),
+    )
+    return convolution

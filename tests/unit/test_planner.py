@@ -91,6 +91,22 @@ def test_parameters_are_those_of_the_model() -> None:
     assert walked.buffer_bytes == sum(b.numel() * b.element_size() for b in real.buffers())
 
 
+@pytest.mark.parametrize(
+    ("judge", "least_operations"),
+    [
+        ({"vq.train.perceptual_weight": 0.5}, 200),
+        ({"vq.train.adversarial.weight": 0.1, "vq.train.images": 1_600, "vq.train.evaluate_every_images": 320}, 50),
+    ],
+    ids=["features", "adversary"],
+)
+def test_what_judges_reconstructions_is_planned_too(judge: dict[str, object], least_operations: int) -> None:
+    plain, judged = (stage_footprint(small_config(**changes), "vq", KNOWN) for changes in ({}, judge))
+    assert judged.parameters == plain.parameters, "the tokenizer's own"
+    assert judged.micro.operations >= plain.micro.operations + least_operations
+    assert judged.micro.transient_bytes > plain.micro.transient_bytes
+    assert judged.micro.total_flops > 1.1 * plain.micro.total_flops
+
+
 def test_a_deep_prior_lies_on_the_line_through_two_shallow_ones() -> None:
     config = small_config(**{"prior.model.depth": 7})
     continued, walked = stage_footprint(config, "prior", KNOWN), _prior(config, KNOWN, 7)

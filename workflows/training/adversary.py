@@ -19,6 +19,7 @@ from torch import Tensor
 from hvqd_model.codec.discriminator import Discriminator, adaptive_weight, adversarial_loss, discriminator_loss
 from hvqd_model.randomness import derive_key
 from workflows.config import VQTrainSettings
+from workflows.placement import placed
 from workflows.training import collectives
 from workflows.training.precision import Precision
 from workflows.training.stage import Evidence, learning_rate_at
@@ -34,7 +35,7 @@ class Adversary:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_key(seed, "adversary", "weights"))
             network = Discriminator(settings.adversarial.width, settings.adversarial.halvings)
-        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = placed(network, device)
         self.parameters = list(self.network.parameters())
         collectives.broadcast_buffers([parameter.data for parameter in self.parameters])
         self.optimizer = torch.optim.AdamW(
