@@ -19,13 +19,13 @@ from infra.errors import EnvironmentFailure, GateRefusal, InputError
 from infra.models import Registry
 from infra.storage import Store, open_store
 from infra.tracking import Tracker
-from workflows.bundle import DESCRIPTION, bundle_digest, write_digests
 from workflows.config import RunConfig
 from workflows.context import Context, Silent
+from workflows.drawing.bundle import DESCRIPTION, bundle_digest, write_digests
 from workflows.pipeline import tracker_for
-from workflows.promotion import champions, promote, promoter_for, rollback
-from workflows.registry import BUNDLE_TAG, FILES_TAG, parts_tag
-from workflows.versions import history
+from workflows.release.promotion import champions, promote, promoter_for, rollback
+from workflows.release.registry import BUNDLE_TAG, FILES_TAG, parts_tag
+from workflows.release.versions import history
 
 GOOD = {
     "psnr": 25.0, "usage_0": 1.0, "kid_samples": 1.0, "kid_untrained": 9.0, "kid_marginals": 8.0,

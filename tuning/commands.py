@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from workflows.job import Job, with_options
+from workflows.commands.job import Job, with_options
 
 
 class Searcher(StrEnum):

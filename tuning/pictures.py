@@ -24,9 +24,9 @@ from tuning.space import SearchSpace
 from workflows.artifacts import read_manifest
 from workflows.context import Context
 from workflows.data.batches import CodeTable, ImageTable
-from workflows.features import FeatureExtractor
-from workflows.generate import decode_codes, draw_images, image_grid
-from workflows.sheets import to_png
+from workflows.drawing.generate import decode_codes, draw_images, image_grid
+from workflows.drawing.sheets import to_png
+from workflows.evaluation.features import FeatureExtractor
 from workflows.training.catalog import Saved
 from workflows.training.inspection import export_checkpoint, find_checkpoints
 

@@ -155,9 +155,9 @@ def _bare(config: RunConfig, stage: StageName) -> RunConfig:
 
 @functools.cache
 def _stage_memory(config_json: str, stage: StageName) -> float:
-    from workflows.model_walk import Pictures, stage_footprint
-    from workflows.planner import GIB, machine_for, plan_stage
-    from workflows.prices import read_prices
+    from workflows.planning.model_walk import Pictures, stage_footprint
+    from workflows.planning.planner import GIB, machine_for, plan_stage
+    from workflows.planning.prices import read_prices
 
     config = RunConfig.model_validate_json(config_json)
     machine = machine_for(config, read_prices(), None, 1.0)

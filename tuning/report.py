@@ -25,8 +25,8 @@ from tuning.report_figures import (
     trade_chart,
 )
 from tuning.space import SearchSpace
-from workflows.report_figures import short
-from workflows.report_page import captioned, folded, page, section, table
+from workflows.reporting.figures import short
+from workflows.reporting.page import captioned, folded, page, section, table
 
 NAME = "report.html"
 SHEETS = ("samples.png", "vq/pictures/latest.png")

@@ -11,7 +11,7 @@ from typing import Any
 from tuning.analysis import Importance, Trade
 from tuning.records import TrialRecord
 from tuning.space import Drawn, SearchSpace
-from workflows.report_figures import short, ticks
+from workflows.reporting.figures import short, ticks
 
 STYLE = """<style>
 svg .others { stroke: var(--soft); stroke-width: 1; opacity: .35; fill: none; }

@@ -13,12 +13,12 @@ import typer
 
 from infra.secrets import mask
 from tuning.commands import doctor, tune_app
-from workflows.checkpoints_commands import checkpoints_app
-from workflows.drawing_commands import augment, edit_app, interpolate, sample
-from workflows.job import Job, exit_status, with_options
-from workflows.launch_commands import add_launch_commands
-from workflows.models_commands import models_app
-from workflows.tokenizer_commands import Arithmetic, codes_app, reconstruct
+from workflows.commands.checkpoints import checkpoints_app
+from workflows.commands.drawing import augment, edit_app, interpolate, sample
+from workflows.commands.job import Job, exit_status, with_options
+from workflows.commands.launch import add_launch_commands
+from workflows.commands.models import models_app
+from workflows.commands.tokenizer import Arithmetic, codes_app, reconstruct
 
 if TYPE_CHECKING:
     from workflows.pipeline import Pipeline
@@ -132,7 +132,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge the models on the held-out test split; with --model a version, by this root's protocol and pictures."""
-    from workflows.protocol import read_protocol
+    from workflows.evaluation.protocol import read_protocol
 
     pinned = None if protocol is None else read_protocol(protocol)
     if model is None:
@@ -143,12 +143,12 @@ def evaluate(
         return
     pipeline = _look(job) if job.dry_run else _open(job)
     if job.dry_run:
-        from workflows.registry import find_version
+        from workflows.release.registry import find_version
 
         number = find_version(pipeline.tracker, job.config.tracking.model_name, model)
         job.answer({"status": 0, "version": number}, f"would judge version {number} by the settings of this root")
         return
-    from workflows.evaluate import evaluate_version
+    from workflows.evaluation.evaluate import evaluate_version
 
     context = _context(job, pipeline)
     if pinned is not None:
@@ -162,7 +162,7 @@ def _evaluate_by(job: Job, pinned: Any) -> None:
     """This root's evaluation by the protocol of a file."""
     from infra.storage import open_store
     from workflows.artifacts import read_manifest
-    from workflows.features import FeatureExtractor
+    from workflows.evaluation.features import FeatureExtractor
 
     job.overrides += pinned.overrides()
     root = open_store(job.config.root)
@@ -185,7 +185,7 @@ def protocol(
 ) -> None:
     """Write the protocol by which a root was evaluated, to judge other versions by it."""
     from infra.storage import Store, open_store
-    from workflows.protocol import protocol_of
+    from workflows.evaluation.protocol import protocol_of
 
     found = protocol_of(job.config, open_store(job.config.root), name)
     text = found.as_yaml()
@@ -202,7 +202,7 @@ def register(job: Job) -> None:
     if _planned(job, "registration"):
         return
     pipeline = _open(job)
-    from workflows.registry import register as register_version
+    from workflows.release.registry import register as register_version
 
     manifest = register_version(_context(job, pipeline), pipeline.tracker)
     name, version = manifest.facts["model_name"], manifest.facts["version"]
@@ -220,7 +220,7 @@ def promote(
     gates: Annotated[Path | None, typer.Option("--gates", help="YAML file of gates: the setting gates.file.")] = None,
 ) -> None:
     """Move the alias `champion`, if every gate agrees (exit status 3 names those that do not)."""
-    from workflows.promotion import promote as promote_version
+    from workflows.release.promotion import promote as promote_version
 
     if gates is not None:
         job.overrides.append(f"gates.file={json.dumps(str(gates.resolve()))}")
@@ -241,8 +241,8 @@ def rollback(
     version: Annotated[str | None, typer.Option("--to", help="An earlier champion; default the last one.")] = None,
 ) -> None:
     """Make an earlier champion the champion again."""
-    from workflows.promotion import plan_rollback
-    from workflows.promotion import rollback as roll_back
+    from workflows.release.promotion import plan_rollback
+    from workflows.release.promotion import rollback as roll_back
 
     pipeline = _look(job)
     context = _context(job, pipeline)
@@ -261,7 +261,7 @@ def report(job: Job) -> None:
     if _planned(job):
         return
     pipeline = _open(job)
-    from workflows.report import write_report
+    from workflows.reporting.report import write_report
 
     path = write_report(_context(job, pipeline))
     job.answer({"status": 0, "report": path}, path)
@@ -291,7 +291,7 @@ def serve(
         if value is not None:
             job.overrides.append(f"serve.{key}={value}")
     pipeline = _look(job)
-    from workflows.serve_command import Server, plan_serving, until_stopped
+    from workflows.commands.serve import Server, plan_serving, until_stopped
 
     served, first = plan_serving(job.config, pipeline.tracker, version)
     what = f"{served.model} version {first}" + ("" if served.version else ", following the champion")

@@ -45,7 +45,7 @@ STEPS: dict[str, Step] = {
         Step("vq", "hvqd train vq", "training the tokenizer", "workflows.training.launch:train_vq"),
         Step("codes", "hvqd encode", "encoding the dataset", "workflows.encode:encode_dataset"),
         Step("prior", "hvqd train prior", "training the prior", "workflows.training.launch:train_prior"),
-        Step("evaluation", "hvqd evaluate", "evaluating on the test split", "workflows.evaluate:evaluate"),
+        Step("evaluation", "hvqd evaluate", "evaluating on the test split", "workflows.evaluation.evaluate:evaluate"),
     )
 }
 FOLDERS = {**{kind: kind for kind in STEPS}, "registration": "registration"}
@@ -187,8 +187,8 @@ class Pipeline:
         Raises:
             GateRefusal: a gate refused; the report is written all the same.
         """
-        from workflows.promotion import promote
-        from workflows.registry import register
+        from workflows.release.promotion import promote
+        from workflows.release.registry import register
 
         context = Context(self.config, self.root, self.progress, self.open_parent())
         registration = register(context, self.tracker)
@@ -199,7 +199,7 @@ class Pipeline:
             promote(context, self.tracker, version)
         except GateRefusal as error:
             refusal, champion = error, self.tracker.champion(self.config.tracking.model_name)
-        from workflows.report import write_report
+        from workflows.reporting.report import write_report
 
         report = write_report(context)
         if refusal is not None:

@@ -13,7 +13,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 def placed(network: _Network, device: torch.device | str) -> _Network:
     """The network itself on the device, its kernels channels last.
 
-    Not `Module.to`, which does not move weights without memory, as a plan has them (`workflows.footprint`).
+    Not `Module.to`, which does not move weights without memory, as a plan has them (`workflows.planning.footprint`).
     """
     for tensor in (*network.parameters(), *network.buffers()):
         layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format

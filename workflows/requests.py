@@ -55,7 +55,7 @@ def _tokenizer(config: RunConfig) -> dict[str, Any]:
     if settings.perceptual_weight == 0:
         del train["perceptual_weight"]
     elif named is not None:
-        from workflows.feature_network import weights_digest  # torch, which a plan alone can do without
+        from workflows.evaluation.feature_network import weights_digest  # torch, which a plan alone can do without
 
         train["perceptual_network"] = weights_digest(named)
     return asked
@@ -70,7 +70,7 @@ def _prior(config: RunConfig) -> dict[str, Any]:
     if conditions == ("class",):
         del asked["model"]["conditions"]
     if "text" in conditions and named is not None:
-        from workflows.text_encoder import encoder_digest, encoder_folder
+        from workflows.data.text_encoder import encoder_digest, encoder_folder
 
         asked["text_encoder"] = encoder_digest(encoder_folder(named))
     return asked

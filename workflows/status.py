@@ -17,9 +17,9 @@ from infra.secrets import mask
 from infra.storage import Store, open_store
 from workflows.artifacts import MANIFEST, find_manifest
 from workflows.config import RunConfig
-from workflows.journal import Journal
 from workflows.pipeline import FOLDERS, STEPS, artifact, state_of
-from workflows.promotion import champions
+from workflows.release.journal import Journal
+from workflows.release.promotion import champions
 from workflows.tables import aligned
 
 State = Literal["current", "stale", "under way", "missing", "damaged"]

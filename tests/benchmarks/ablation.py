@@ -20,7 +20,7 @@ from hvqd_model.codec.perceptual import perceptual_distance
 from hvqd_model.config import VQConfig
 from hvqd_model.randomness import uniform
 from workflows.data.batches import ImageTable
-from workflows.feature_network import FeatureMaps
+from workflows.evaluation.feature_network import FeatureMaps
 
 IMAGES = {"quick": 640, "full": 24_000}
 WEIGHTS = (0.01, 0.05)

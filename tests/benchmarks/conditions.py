@@ -23,18 +23,18 @@ from trials import PriorTrial, configured, encoded, run, tokenizer_trial
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, PriorConfig, metrics
 from hvqd_model.config import CONDITIONS, ConditionName
 from hvqd_model.randomness import derive_key
-from workflows.condition_figures import CaptionJudge, MapJudge, Scores, against_shuffled
 from workflows.config import DataSettings, RunConfig, SamplingSettings
 from workflows.data.batches import ImageTable
 from workflows.data.columns import ConditionColumns
+from workflows.data.label_maps import fitted_map
 from workflows.data.pictures import prepare
 from workflows.data.sources import BUNDLED
-from workflows.evaluation_figures import Resampling
-from workflows.features import FeatureExtractor
-from workflows.generate import Pictures, decode_codes, draw_images
-from workflows.judge import ClassJudge
-from workflows.label_maps import fitted_map
-from workflows.text_encoder import TextEncoder, encoder_folder
+from workflows.data.text_encoder import TextEncoder, encoder_folder
+from workflows.drawing.generate import Pictures, decode_codes, draw_images
+from workflows.evaluation.condition_figures import CaptionJudge, MapJudge, Scores, against_shuffled
+from workflows.evaluation.features import FeatureExtractor
+from workflows.evaluation.figures import Resampling
+from workflows.evaluation.judge import ClassJudge
 
 SIDE, LABELS, FEATURE_SIZE, RIDGE = 32, 14, 64, 0.01
 GUIDANCE: dict[ConditionName, float] = {"class": 4.0, "style": 3.0, "text": 4.0, "map": 2.0}

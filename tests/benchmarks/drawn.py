@@ -26,13 +26,13 @@ from hvqd_model.prior.latents import LatentStatistics
 from hvqd_model.randomness import derive_key
 from infra.storage import open_store
 from workflows.artifacts import read_manifest
-from workflows.bundle import draw_labels, models_digest
 from workflows.config import RunConfig, SamplingSettings
 from workflows.data.batches import CodeTable, ImageTable
+from workflows.drawing.bundle import draw_labels, models_digest
+from workflows.drawing.generate import Pictures, draw_images
 from workflows.encode import encode_latents
-from workflows.features import FeatureExtractor
-from workflows.generate import Pictures, draw_images
-from workflows.judge import ClassJudge
+from workflows.evaluation.features import FeatureExtractor
+from workflows.evaluation.judge import ClassJudge
 from workflows.loading import config_from, load_config, read_remembered
 
 AT_ONCE = 500

@@ -30,11 +30,11 @@ from hvqd_model.metrics import KidParts, kid_difference
 from hvqd_model.randomness import derive_key
 from infra.storage import open_store
 from workflows.artifacts import read_manifest
-from workflows.bundle import draw_labels, load_bundle
 from workflows.config import EvaluationSettings, GateSettings, RunConfig
 from workflows.data.batches import CodeTable, ImageTable
-from workflows.features import FeatureExtractor
-from workflows.generate import decode_codes, draw_images
+from workflows.drawing.bundle import draw_labels, load_bundle
+from workflows.drawing.generate import decode_codes, draw_images
+from workflows.evaluation.features import FeatureExtractor
 from workflows.loading import config_from, load_config, read_remembered
 
 _POOL, _QUICK_POOL = 6_000, 600

@@ -27,8 +27,8 @@ from hvqd_model.editing import Codes, Complete, code_masks, inpaint, spread_colo
 from hvqd_model.prior.completion import complete
 from hvqd_model.randomness import derive_key, uniform
 from workflows.config import SamplingSettings
-from workflows.features import FeatureExtractor
-from workflows.generate import to_uint8
+from workflows.drawing.generate import to_uint8
+from workflows.evaluation.features import FeatureExtractor
 
 PICTURES, QUICK_PICTURES = 200, 8
 AT_ONCE = 25

@@ -48,7 +48,7 @@ from trials import (
 
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, metrics
 from workflows.data.batches import ImageTable
-from workflows.generate import Pictures
+from workflows.drawing.generate import Pictures
 
 Side = Literal["ours", "flat", "gaussian", "unet"]
 SIDES: tuple[Side, ...] = ("ours", "flat", "gaussian", "unet")

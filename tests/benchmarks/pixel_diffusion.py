@@ -18,7 +18,7 @@ from trials import PriorTrial, closest_below, weights
 from hvqd_model.randomness import derive_key, split_keys, uniform
 from workflows.config import TrainSettings
 from workflows.data.batches import CodeTable, ImageTable, batch_indices
-from workflows.generate import Pictures, to_uint8
+from workflows.drawing.generate import Pictures, to_uint8
 from workflows.training.stage import ObjectiveOutput, Position
 
 CHAIN = 1_000

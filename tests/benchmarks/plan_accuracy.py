@@ -24,12 +24,12 @@ from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.config import PriorConfig
 from hvqd_model.prior.prior import HierarchicalPrior
 from tests.multiprocess.ranks import run_on_ranks
-from workflows.calibration import calibrate
 from workflows.config import RunConfig
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.loading import config_from
-from workflows.model_walk import Pictures, StageName, stage_footprint
-from workflows.planner import Machine, fragments_of, memory_of, settings_of, step_times
+from workflows.planning.calibration import calibrate
+from workflows.planning.model_walk import Pictures, StageName, stage_footprint
+from workflows.planning.planner import Machine, fragments_of, memory_of, settings_of, step_times
 from workflows.training.judges import Judges
 from workflows.training.loop import train
 from workflows.training.prior_stage import PriorStage

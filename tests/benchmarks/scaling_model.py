@@ -1,7 +1,7 @@
 """What a preset takes on more GPUs, up to 1,024: the planner's step, latencies, data, checkpoints and failures.
 
 `python tests/benchmarks/scaling_model.py` prints the tables of docs/scaling.md. Compute and traffic are the planner's
-(workflows/planner.py); what it leaves out because it does not matter on a few machines is added here.
+(workflows/planning/planner.py); what it leaves out because it does not matter on a few machines is added here.
 
 Symbols: N GPUs, C seconds that a checkpoint takes from the steps, M mean seconds between failures of the whole job,
 R seconds that a restart takes, tau seconds between checkpoints.
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workflows.config import RunConfig
-from workflows.model_walk import Pictures, StageFootprint, StageName, stage_footprint
-from workflows.planner import StagePlan, machine_for, plan_stage, settings_of
-from workflows.prices import read_prices
+from workflows.planning.model_walk import Pictures, StageFootprint, StageName, stage_footprint
+from workflows.planning.planner import StagePlan, machine_for, plan_stage, settings_of
+from workflows.planning.prices import read_prices
 
 GPUS = (32, 64, 128, 256, 512, 1024)
 PICTURES = Pictures(1_281_167, 1_000)

@@ -32,8 +32,8 @@ from infra.storage import open_store
 from tests.command_line import environment
 from tests.served import Running, serving
 from tests.services import free_ports
-from workflows.bundle import SERVED_BATCH, write_bundle
 from workflows.config import RunConfig
+from workflows.drawing.bundle import SERVED_BATCH, write_bundle
 from workflows.loading import load_config
 from workflows.pipeline import tracker_for
 
@@ -47,8 +47,8 @@ import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from workflows.bundle import load_bundle, served_sampling
-from workflows.generate import draw_images
+from workflows.drawing.bundle import load_bundle, served_sampling
+from workflows.drawing.generate import draw_images
 bundle = load_bundle(Path(sys.argv[1]))
 sampling, seconds = served_sampling(bundle).model_copy(update={"steps": int(sys.argv[2])}), float(sys.argv[3])
 seeds, labels = list(range(sampling.batch)), [0] * sampling.batch

@@ -63,10 +63,10 @@ def readers(root: Store) -> Iterator[Callable[[], object]]:
     from workflows.artifacts import check_files, find_manifest
     from workflows.context import Context
     from workflows.data.batches import CodeTable, ImageTable
-    from workflows.journal import Journal
     from workflows.loading import config_from, read_remembered
     from workflows.pipeline import plan
-    from workflows.report import write_report
+    from workflows.release.journal import Journal
+    from workflows.reporting.report import write_report
     from workflows.training.checkpoint import StoreCheckpoints
     from workflows.training.inspection import find_checkpoints, garbage
     from workflows.training.plain import PlainEngine

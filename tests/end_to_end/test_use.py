@@ -26,10 +26,10 @@ from PIL import Image
 from tests.command_line import run_hvqd
 from tests.conftest import FinishedRun
 from tests.services import free_ports
-from workflows.bundle import load_bundle
-from workflows.generate import draw_images
+from workflows.drawing.bundle import load_bundle
+from workflows.drawing.generate import draw_images
+from workflows.drawing.sample import seeds_for
 from workflows.loading import load_config
-from workflows.sample_command import seeds_for
 
 _SIDE, _SCALE, _GAP = 16, 8, 2
 _SERVE_SECONDS = 180.0

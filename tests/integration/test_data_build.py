@@ -28,13 +28,13 @@ from infra.storage import Store
 from tests.command_line import environment, run_hvqd, start_hvqd
 from tests.pictures import decoded, encoded, noise, write_files, write_tar
 from workflows.artifacts import Manifest, check_files, find_manifest
+from workflows.commands.job import exit_status
 from workflows.config import RunConfig
 from workflows.context import Context, Silent
 from workflows.data.batches import ImageTable, read_shards, shard_names
 from workflows.data.ingest import build_dataset
 from workflows.data.pictures import prepare
 from workflows.data.splits import SPLITS
-from workflows.job import exit_status
 from workflows.loading import load_config, to_yaml
 
 MOST_WORKERS = 3

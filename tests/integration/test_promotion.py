@@ -14,9 +14,9 @@ from infra.models import Registry
 from tests.conftest import RegistryServer
 from tests.integration.test_tracking import answering
 from tests.registry_place import KIDS, Place, race
-from workflows.promotion import ENTRY_TAG, promote, promoter_for, rollback
-from workflows.version_gc import collect
-from workflows.versions import compare_versions, history, list_versions, repair, show_version
+from workflows.release.promotion import ENTRY_TAG, promote, promoter_for, rollback
+from workflows.release.version_gc import collect
+from workflows.release.versions import compare_versions, history, list_versions, repair, show_version
 
 
 @pytest.fixture(params=["sqlite", "server"])

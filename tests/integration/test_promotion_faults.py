@@ -19,7 +19,7 @@ from infra.errors import EnvironmentFailure, InputError
 from infra.tracking import client
 from tests.registry_place import Place
 from tests.services import MLflowServer, S3Server, free_ports, mlflow_on, postgresql, seaweedfs
-from workflows.promotion import champions, promoter_for
+from workflows.release.promotion import champions, promoter_for
 
 _AWAIT_SECONDS = 180.0
 

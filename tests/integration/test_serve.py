@@ -21,11 +21,11 @@ from tests.malformed_requests import MOST_BYTES, malformed_requests
 from tests.served import Running, serving
 from tests.services import free_ports
 from tests.unit.test_drawing import map_png, save
-from workflows.asking import Asked, resolve
-from workflows.bundle import load_bundle, served_sampling
-from workflows.generate import draw_images
-from workflows.sample_command import seeds_for
-from workflows.serving import as_png
+from workflows.drawing.asking import Asked, resolve
+from workflows.drawing.bundle import load_bundle, served_sampling
+from workflows.drawing.generate import draw_images
+from workflows.drawing.sample import seeds_for
+from workflows.serving.models import as_png
 
 _SWAP_SECONDS = 120.0
 _MEMORY_BYTES = 60 * 2**20

@@ -13,11 +13,11 @@ from infra.storage import open_store
 from tests.conftest import RegistryServer
 from tests.registry_place import Place
 from tests.services import S3Server, free_ports, mlflow_on, postgresql
-from workflows.promotion import rollback
-from workflows.registry import parts_tag, version_problems
-from workflows.version_copy import ORIGIN_TAG, copy_version
-from workflows.version_gc import GONE_TAG, collect
-from workflows.versions import compare_versions, history, list_versions
+from workflows.release.promotion import rollback
+from workflows.release.registry import parts_tag, version_problems
+from workflows.release.version_copy import ORIGIN_TAG, copy_version
+from workflows.release.version_gc import GONE_TAG, collect
+from workflows.release.versions import compare_versions, history, list_versions
 
 
 @pytest.fixture

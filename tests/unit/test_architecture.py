@@ -17,10 +17,10 @@ FRONT_DOOR = ("workflows/cli.py", "workflows/commands/")
 SCIENCE_MAY_IMPORT = {"torch", "numpy", "safetensors", "pydantic", "hvqd_model", "scipy"}
 HOMES = {
     "deepspeed": ("workflows/training/zero.py",),
-    "mlflow": ("infra/tracking.py", "infra/models.py", "infra/load_alone.py", "workflows/served_model.py"),
+    "mlflow": ("infra/tracking.py", "infra/models.py", "infra/load_alone.py", "workflows/release/served_model.py"),
     "ray.train": ("workflows/training/launch.py", "workflows/training/worker.py"),
     "ray.data": ("workflows/data/distributed.py",),
-    "ray.serve": ("workflows/serve_app.py",),
+    "ray.serve": ("workflows/serving/app.py",),
     "ray.tune": ("tuning/search.py",),
     "fsspec": ("infra/storage.py",),
     "s3fs": ("infra/storage.py",),

@@ -20,15 +20,15 @@ from infra.errors import InputError
 from infra.storage import Store
 from tests.pictures import encoded, noise
 from tests.unit.test_drawing import map_png, save
-from workflows import augment as module
 from workflows.artifacts import MANIFEST, find_manifest, write_manifest
-from workflows.augment import PART_PICTURES, AugmentRequest, augment, told
-from workflows.bundle import load_bundle
 from workflows.config import DataSettings, RunConfig
 from workflows.context import Silent
 from workflows.data.pictures import prepare
 from workflows.data.reading import read_unit
 from workflows.data.sources import Raw, list_units
+from workflows.drawing import augment as module
+from workflows.drawing.augment import PART_PICTURES, AugmentRequest, augment, told
+from workflows.drawing.bundle import load_bundle
 from workflows.encode import encode_batches
 from workflows.loading import load_config
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from workflows.batching import Batcher
+from workflows.serving.batching import Batcher
 
 
 class Slow:

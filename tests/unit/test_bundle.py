@@ -12,9 +12,9 @@ import torch
 
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, PriorConfig, VQConfig, save_model
 from infra.errors import InputError
-from workflows.bundle import DESCRIPTION, draw_labels, load_bundle, models_digest, write_bundle
 from workflows.config import SamplingSettings
-from workflows.generate import draw_images
+from workflows.drawing.bundle import DESCRIPTION, draw_labels, load_bundle, models_digest, write_bundle
+from workflows.drawing.generate import draw_images
 
 CLASSES = ("cats", "dogs")
 ROWS = (3, 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workflows.condition_figures import CaptionJudge, MapJudge, against_shuffled
-from workflows.evaluation_figures import Resampling
+from workflows.evaluation.condition_figures import CaptionJudge, MapJudge, against_shuffled
+from workflows.evaluation.figures import Resampling
 
 COLOURS = np.array([[250, 250, 250], [200, 20, 20], [20, 20, 200]], dtype=np.float64)
 

@@ -21,7 +21,7 @@ from workflows.artifacts import Manifest, write_manifest
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.data.conditions import ConditionSource
 from workflows.data.shards import to_parquet
-from workflows.text_encoder import TextEncoder, encoder_folder
+from workflows.data.text_encoder import TextEncoder, encoder_folder
 from workflows.training.stage import place_on
 
 VQ = VQConfig(image_size=(16, 12), padding="edge", codebook_sizes=(8, 16))

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from workflows.console import ConsoleProgress
+from workflows.commands.console import ConsoleProgress
 
 BAR = re.compile(r"\x1b\[|━")
 
@@ -51,7 +51,7 @@ def test_the_pace_counts_from_where_a_resumed_step_stood(monkeypatch: pytest.Mon
     stream = io.StringIO()
     progress = ConsoleProgress(stream)
     clock = iter([100.0, 130.0, 145.0])
-    monkeypatch.setattr("workflows.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("workflows.commands.console.time.monotonic", lambda: next(clock))
     progress.update(1_000, 2_000, "images")
     progress.update(1_300, 2_000, "images")
     progress.update(1_450, 2_000, "images")

@@ -17,18 +17,18 @@ from hvqd_model import HierarchicalPrior, PriorConfig, save_model
 from infra.errors import InputError
 from tests.pictures import encoded, noise
 from tests.unit.test_generate import models
-from workflows.asking import Asked, nearest_caption, resolve
-from workflows.bundle import LoadedBundle, load_bundle, write_bundle
 from workflows.config import RunConfig, SamplingSettings
 from workflows.context import Silent
-from workflows.editing import BATCH, EditRequest, enlarge, fill, interpolate, restyle
+from workflows.data.learned_text import LearnedText, load_text, write_text
+from workflows.data.text_encoder import TextEncoder, encoder_digest, encoder_folder
+from workflows.drawing.asking import Asked, nearest_caption, resolve
+from workflows.drawing.bundle import LoadedBundle, load_bundle, write_bundle
+from workflows.drawing.editing import BATCH, EditRequest, enlarge, fill, interpolate, restyle
+from workflows.drawing.generate import decode_codes, draw_images
+from workflows.drawing.sample import RECIPE, SampleRequest, draw_samples, parse_guidance, read_recipe, seeds_for
+from workflows.drawing.sheets import GAP
 from workflows.encode import encode_batches
-from workflows.generate import decode_codes, draw_images
-from workflows.learned_text import LearnedText, load_text, write_text
 from workflows.loading import load_config
-from workflows.sample_command import RECIPE, SampleRequest, draw_samples, parse_guidance, read_recipe, seeds_for
-from workflows.sheets import GAP
-from workflows.text_encoder import TextEncoder, encoder_digest, encoder_folder
 
 CLASSES = ("cats", "dogs", "birds")
 SAMPLING = SamplingSettings(steps=3, batch=4, guidance=2.0)
@@ -370,7 +370,8 @@ def test_an_enlarged_picture_and_a_restyled_one_keep_the_coarse_level(
     seen: list[list[Any]] = []
     decode = decode_codes
     monkeypatch.setattr(
-        "workflows.editing.decode_codes", lambda vq, codes, batch: seen.append(codes) or decode(vq, codes, batch)
+        "workflows.drawing.editing.decode_codes",
+        lambda vq, codes, batch: seen.append(codes) or decode(vq, codes, batch),
     )
     result = enlarge(edit(told, "small.png"), 1, config)
     assert len(result["psnr_scaled_back"]) == 2 and len(cells(result["image"])) == 4

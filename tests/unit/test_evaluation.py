@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hvqd_model.metrics import kid
-from workflows.evaluation_figures import (
+from workflows.evaluation.features import FeatureExtractor
+from workflows.evaluation.figures import (
     PictureSet,
     Resampling,
     class_figures,
@@ -18,8 +19,7 @@ from workflows.evaluation_figures import (
     rounded,
     set_figures,
 )
-from workflows.features import FeatureExtractor
-from workflows.judge import ClassJudge
+from workflows.evaluation.judge import ClassJudge
 
 RESAMPLING = Resampling(50, 1)
 

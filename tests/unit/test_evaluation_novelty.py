@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workflows.evaluation_figures import Figure
-from workflows.evaluation_novelty import coverage_figures, memorisation_figures, novelty_alarms
-from workflows.judge import ClassJudge
+from workflows.evaluation.figures import Figure
+from workflows.evaluation.judge import ClassJudge
+from workflows.evaluation.novelty import coverage_figures, memorisation_figures, novelty_alarms
 
 
 def distances(rng: np.random.Generator, centre: float, count: int = 400) -> np.ndarray:

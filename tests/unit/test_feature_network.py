@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hvqd_model.codec.perceptual import perceptual_distance
 from infra.errors import InputError
-from workflows.feature_network import FeatureMaps, load_network, weights_digest, weights_file
+from workflows.evaluation.feature_network import FeatureMaps, load_network, weights_digest, weights_file
 
 CPU = torch.device("cpu")
 

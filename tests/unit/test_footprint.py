@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hvqd_model.prior.attention import attend
 from tests.tiny_training import code_table, prior_settings, prior_stage
-from workflows.footprint import walk, without_memory
+from workflows.planning.footprint import walk, without_memory
 
 BATCH, WIDTH, HIDDEN = 8, 16, 32
 

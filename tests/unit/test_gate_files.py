@@ -9,8 +9,8 @@ import pytest
 
 from infra.errors import InputError
 from workflows.config import GateSettings
-from workflows.gate_files import OwnGate, check_measured, read_gates
-from workflows.gates import judge
+from workflows.release.gate_files import OwnGate, check_measured, read_gates
+from workflows.release.gates import judge
 
 FIGURES = {"psnr": 25.0, "class_accuracy_samples": 0.4, "class_accuracy_real": 0.8, "usage_0": 0.9, "usage_1": 0.7}
 

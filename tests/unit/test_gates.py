@@ -10,7 +10,7 @@ import pytest
 
 from hvqd_model.metrics import KidParts
 from workflows.config import GateSettings
-from workflows.gates import CHECKS, GateResult, Growth, Inspection, growth_of, judge, table
+from workflows.release.gates import CHECKS, GateResult, Growth, Inspection, growth_of, judge, table
 
 GOOD = {
     "psnr": 24.0,

@@ -9,7 +9,7 @@ import torch
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, PriorConfig, VQConfig
 from hvqd_model.randomness import normal
 from workflows.config import SamplingSettings
-from workflows.generate import decode_codes, draw_codes, draw_images, image_grid, to_uint8
+from workflows.drawing.generate import decode_codes, draw_codes, draw_images, image_grid, to_uint8
 
 CLASSES = ("cats", "dogs", "birds")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from workflows.footprint import walk
+from workflows.planning.footprint import walk
 from workflows.loading import config_from
-from workflows.made_up import made_up_prior
+from workflows.planning.made_up import made_up_prior
 from workflows.training.heap import give_back_freed_memory
 
 torch.set_num_threads(1)

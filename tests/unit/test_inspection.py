@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_bundle import CLASSES, ROWS, SAMPLING, save_models
-from workflows.bundle import DESCRIPTION, DIGESTS, bundle_digest, write_bundle, write_digests
-from workflows.environment_lock import locked
-from workflows.inspection import LINEAGE, draw_alone, integrity_problem, licence_problem, lineage_problem
-from workflows.registry import BUNDLE_PATH, BUNDLE_TAG, FILES_TAG
+from workflows.drawing.bundle import DESCRIPTION, DIGESTS, bundle_digest, write_bundle, write_digests
+from workflows.release.environment_lock import locked
+from workflows.release.inspection import LINEAGE, draw_alone, integrity_problem, licence_problem, lineage_problem
+from workflows.release.registry import BUNDLE_PATH, BUNDLE_TAG, FILES_TAG
 
 DIGEST_OF = {kind: f"{index}" * 64 for index, kind in enumerate(LINEAGE)}
 CARD = "# card\n" + "\n".join(f"- {kind}: `{digest}`" for kind, digest in DIGEST_OF.items())

@@ -16,7 +16,7 @@ import typer
 
 from infra.errors import EnvironmentFailure, GateRefusal, InputError
 from infra.quiet import Streams
-from workflows.job import Job, exit_status, run_job
+from workflows.commands.job import Job, exit_status, run_job
 
 REPOSITORY = Path(__file__).parents[2]
 SECRET = "hunter2SECRETVALUE"
@@ -121,7 +121,7 @@ def test_an_answer_is_text_or_json_never_both() -> None:
 
 NOISY = """
 import os, subprocess, sys, warnings, logging
-from workflows.job import Job, run_job
+from workflows.commands.job import Job, run_job
 
 def body(job):
     job.quiet()

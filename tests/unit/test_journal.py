@@ -11,8 +11,8 @@ import pytest
 
 from infra.errors import InputError
 from infra.storage import Store
-from workflows.journal import Action, Entry, Journal
-from workflows.promotion import champions
+from workflows.release.journal import Action, Entry, Journal
+from workflows.release.promotion import champions
 
 
 def written(folder: Path, *decisions: tuple[Action, str]) -> Journal:

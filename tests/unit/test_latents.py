@@ -11,7 +11,7 @@ import pytest
 from infra.errors import InputError
 from infra.storage import open_store
 from workflows.artifacts import Manifest
-from workflows.latents import FACT, gathered_statistics, latent_columns, read_latents, statistics_of, write_sums
+from workflows.data.latents import FACT, gathered_statistics, latent_columns, read_latents, statistics_of, write_sums
 from workflows.loading import load_config
 from workflows.requests import request_of
 

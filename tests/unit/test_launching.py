@@ -34,8 +34,8 @@ from infra.jobs_ray import CODE, _stage
 from infra.targets import KubeRayTarget, LocalTarget, RayTarget, SlurmTarget, Target, read_target, target_names
 from infra.versions import code_digest, differences, source_commit, versions
 from tests.command_line import environment, run_hvqd
-from workflows.job import Job
-from workflows.launching import settings_options, submission_for, tracking_note
+from workflows.commands.job import Job
+from workflows.launching.command import settings_options, submission_for, tracking_note
 
 ROOT = "s3://bucket/run"
 RAY = RayTarget(kind="ray", address="http://127.0.0.1:8265")

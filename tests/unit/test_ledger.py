@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workflows.artifacts import Manifest
-from workflows.report_sections import time_accounts
+from workflows.reporting.sections import time_accounts
 from workflows.training.ledger import ACCOUNTS, Goodput, Ledger
 
 

@@ -15,7 +15,7 @@ from workflows.training.mailbox import passing_on
 
 def test_the_trainings_log_is_passed_on_while_it_lasts_and_nothing_else() -> None:
     heard: list[str] = []
-    inner, outer = logging.getLogger("workflows.training.checkpoint"), logging.getLogger("workflows.report")
+    inner, outer = logging.getLogger("workflows.training.checkpoint"), logging.getLogger("workflows.reporting.report")
     level = logging.getLogger("workflows.training").level
     inner.warning("too early")
     with passing_on(heard.append):

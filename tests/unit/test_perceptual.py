@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hvqd_model.codec.perceptual import perceptual_distance
 from workflows.data.sources import BUNDLED
-from workflows.feature_network import FeatureMaps
+from workflows.evaluation.feature_network import FeatureMaps
 
 
 def maps(seed: int, pictures: int = 2) -> list[Tensor]:

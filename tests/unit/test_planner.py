@@ -11,13 +11,13 @@ from hvqd_model.codec.hierarchy import HierarchicalVQ
 from infra.errors import InputError
 from tests.command_line import environment, run_hvqd
 from workflows.config import RunConfig, TrainSettings
-from workflows.footprint import Footprint
 from workflows.loading import config_from, load_config
-from workflows.model_walk import Pictures, StageFootprint, _prior, stage_footprint
-from workflows.plan_advice import changed_config, least_change
-from workflows.plan_text import plan_text
-from workflows.planner import GIB, Machine, estimate, fragments_of, memory_of, plan_stage, wire_bytes
-from workflows.prices import BUNDLED, Device, Prices, read_prices
+from workflows.planning.advice import changed_config, least_change
+from workflows.planning.footprint import Footprint
+from workflows.planning.model_walk import Pictures, StageFootprint, _prior, stage_footprint
+from workflows.planning.planner import GIB, Machine, estimate, fragments_of, memory_of, plan_stage, wire_bytes
+from workflows.planning.prices import BUNDLED, Device, Prices, read_prices
+from workflows.planning.text import plan_text
 
 PARAMETERS = 1_000_000
 WALKED = StageFootprint(PARAMETERS, 0, 0, Footprint(transient_bytes=50_000, growing_bytes=PARAMETERS * 4 + 60_000))

@@ -36,10 +36,10 @@ from infra.preflight import (
     worst,
 )
 from workflows.config import RunConfig
+from workflows.launching.preflight import _node_findings, _tracker, workers_with_room
+from workflows.launching.preflight_text import preflight_text
 from workflows.loading import load_config
-from workflows.planner import Plan, estimate
-from workflows.preflight import _node_findings, _tracker, workers_with_room
-from workflows.preflight_text import preflight_text
+from workflows.planning.planner import Plan, estimate
 
 VERSIONS = {"python": "3.11", "ray": "2.9.0", "torch": "2.6.0"}
 A, B = "10.0.0.1", "10.0.0.2"

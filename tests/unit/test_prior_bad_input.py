@@ -18,9 +18,9 @@ from infra.storage import Store, open_store
 from tests.unit.test_drawing import SAMPLING, save
 from tests.unit.test_generate import models
 from workflows.artifacts import Manifest, write_manifest
-from workflows.bundle import load_bundle, write_bundle
 from workflows.context import Context
-from workflows.evaluate import evaluate
+from workflows.drawing.bundle import load_bundle, write_bundle
+from workflows.evaluation.evaluate import evaluate
 from workflows.loading import load_config
 from workflows.training.launch import train_prior
 

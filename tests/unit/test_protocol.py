@@ -10,9 +10,9 @@ import yaml
 from infra.errors import InputError
 from workflows.artifacts import Manifest
 from workflows.config import EvaluationSettings, RunConfig, SamplingSettings
+from workflows.evaluation.protocol import ExtractorPin, Protocol, read_protocol
 from workflows.loading import load_config
-from workflows.protocol import ExtractorPin, Protocol, read_protocol
-from workflows.registry import figures_under, intervals_of, intervals_under, protocols_of, shared_protocol
+from workflows.release.registry import figures_under, intervals_of, intervals_under, protocols_of, shared_protocol
 
 DATASET = Manifest("dataset", "r", {}, {}, {"rows": 1})
 PROTOCOL = Protocol(

@@ -20,10 +20,10 @@ from infra.storage import Store
 from workflows.artifacts import write_manifest
 from workflows.config import GateSettings, RunConfig, TrackingSettings
 from workflows.context import Context
-from workflows.evaluation_figures import PictureSet
-from workflows.evaluation_grids import draw_grids
-from workflows.report import verdicts, write_report
-from workflows.report_figures import history_charts, row_images, short, ticks, usage_chart
+from workflows.evaluation.figures import PictureSet
+from workflows.evaluation.grids import draw_grids
+from workflows.reporting.figures import history_charts, row_images, short, ticks, usage_chart
+from workflows.reporting.report import verdicts, write_report
 from workflows.training.alarms import Alarm
 
 SETS = ("real", "reconstructions", "samples", "marginals", "untrained")

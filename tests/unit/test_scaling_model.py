@@ -23,8 +23,8 @@ from tests.benchmarks.scaling_model import (
     table,
 )
 from workflows.loading import load_config
-from workflows.planner import machine_for, plan_stage
-from workflows.prices import read_prices
+from workflows.planning.planner import machine_for, plan_stage
+from workflows.planning.prices import read_prices
 
 IDEAL = Assumptions(hop_seconds=0.0, slowest_rank=1.0, gpu_hours_between_failures=1e12, picture_bytes=1e-9)
 

@@ -20,12 +20,12 @@ from infra.ports import check_port
 from tests.malformed_requests import MOST_BYTES, malformed_requests
 from tests.unit.test_bundle import CLASSES, SAMPLING, save_models
 from tests.unit.test_drawing import map_png, save
-from workflows.asking import Asked, resolve
-from workflows.bundle import LoadedBundle, load_bundle, write_bundle
-from workflows.generate import Pictures, draw_images
+from workflows.drawing.asking import Asked, resolve
+from workflows.drawing.bundle import LoadedBundle, load_bundle, write_bundle
+from workflows.drawing.generate import Pictures, draw_images
 from workflows.loading import load_config
-from workflows.serve_requests import BadRequest, DrawRequest, Limits, read_request
-from workflows.serving import Holder, Item, ServedModel, as_png, try_out
+from workflows.serving.models import Holder, Item, ServedModel, as_png, try_out
+from workflows.serving.requests import BadRequest, DrawRequest, Limits, read_request
 
 LIMITS = Limits(pictures=64, steps=100, body_bytes=MOST_BYTES)
 

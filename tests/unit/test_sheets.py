@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.pictures import decoded
-from workflows.generate import Pictures
-from workflows.sheets import GAP, enlarged, error_map, mean_psnr, prefix_name, prefix_sheet, to_png
+from workflows.drawing.generate import Pictures
+from workflows.drawing.sheets import GAP, enlarged, error_map, mean_psnr, prefix_name, prefix_sheet, to_png
 
 
 def pictures(seed: int, count: int = 3, height: int = 8, width: int = 12) -> Pictures:

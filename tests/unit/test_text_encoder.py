@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from infra.errors import InputError
-from workflows.text_encoder import FILES, TextEncoder, encoder_digest, encoder_folder
+from workflows.data.text_encoder import FILES, TextEncoder, encoder_digest, encoder_folder
 
 
 @pytest.fixture(scope="module")

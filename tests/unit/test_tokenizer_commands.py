@@ -15,13 +15,13 @@ import torch
 from hvqd_model import HierarchicalVQ, VQConfig, save_model
 from infra.errors import EnvironmentFailure, InputError
 from tests.pictures import decoded, encoded, noise, write_files
-from workflows.codes_inspection import InspectRequest, draw_levels, inspect_codes, inspect_levels
-from workflows.codes_inspection import as_text as inspection_text
 from workflows.config import RunConfig
 from workflows.data.batches import to_input
+from workflows.drawing.codes_inspection import InspectRequest, draw_levels, inspect_codes, inspect_levels
+from workflows.drawing.codes_inspection import as_text as inspection_text
+from workflows.drawing.generate import Pictures, decode_codes, to_uint8
+from workflows.drawing.reconstruct import ReconstructRequest, as_text, parse_levels, reconstruct, reconstructed
 from workflows.encode import encode_batches
-from workflows.generate import Pictures, decode_codes, to_uint8
-from workflows.reconstruct_command import ReconstructRequest, as_text, parse_levels, reconstruct, reconstructed
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "plain": {"image_size": (16, 16)},

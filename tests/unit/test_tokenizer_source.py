@@ -16,7 +16,7 @@ from tests.pictures import decoded, encoded, noise, write_files
 from tests.unit.test_generate import models
 from workflows.config import RunConfig
 from workflows.data.pictures import prepare
-from workflows.tokenizer_source import find_pictures, find_tokenizer, spread
+from workflows.drawing.tokenizer_source import find_pictures, find_tokenizer, spread
 
 SIZE = (16, 16)
 CONFIG = RunConfig.model_validate({"data": {"image_size": [32, 32], "resize": "pad", "background": [10, 20, 30]}})

@@ -309,7 +309,7 @@ def test_quantities_agree_with_models_that_were_built() -> None:
 
 
 def test_the_memory_estimate_is_the_planners() -> None:
-    from workflows.planner import estimate
+    from workflows.planning.planner import estimate
 
     config = load_config("integration", overrides=["prior.model.depth=1"])
     plan = estimate(config, advise=False)

@@ -1,0 +1,1 @@
+"""Pictures in: reading, splitting, shards, batches, and the conditions beside them."""

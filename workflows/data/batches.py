@@ -37,7 +37,7 @@ from infra.errors import EnvironmentFailure, InputError
 from infra.storage import Store
 from workflows.artifacts import MANIFEST, Manifest
 from workflows.data.columns import ConditionColumns
-from workflows.latents import read_latents
+from workflows.data.latents import read_latents
 
 Array = np.ndarray[Any, Any]
 

@@ -24,7 +24,7 @@ from infra.storage import Store
 from workflows.artifacts import Manifest
 from workflows.data.batches import Array, CodeTable, cached_entry, decoded_split
 from workflows.data.columns import ConditionColumns
-from workflows.label_maps import fitted_map
+from workflows.data.label_maps import fitted_map
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class ConditionSource:
 
     def keep_text(self, store: Store) -> None:
         """Put the encoder, and the captions that training saw, beside the prior that was told them."""
-        from workflows.learned_text import write_text
-        from workflows.text_encoder import encoder_folder
+        from workflows.data.learned_text import write_text
+        from workflows.data.text_encoder import encoder_folder
 
         learned = self.captions("train")
         with tempfile.TemporaryDirectory(prefix="hvqd-text-") as scratch:
@@ -157,7 +157,7 @@ class ConditionSource:
         key = hashlib.sha256("\n".join([self._encoder_digest(), *texts]).encode()).hexdigest()
 
         def make(folder: Path) -> None:
-            from workflows.text_encoder import TextEncoder, encoder_folder
+            from workflows.data.text_encoder import TextEncoder, encoder_folder
 
             encoder = TextEncoder(encoder_folder(self.text_encoder), self.device)
             np.save(folder / "embeddings.npy", encoder(texts.tolist()))
@@ -167,6 +167,6 @@ class ConditionSource:
         return Captions(tuple(texts.tolist()), rows.astype(np.int64), embeddings)
 
     def _encoder_digest(self) -> str:
-        from workflows.text_encoder import encoder_digest, encoder_folder
+        from workflows.data.text_encoder import encoder_digest, encoder_folder
 
         return encoder_digest(encoder_folder(self.text_encoder))

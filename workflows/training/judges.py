@@ -17,7 +17,7 @@ from hvqd_model.codec.hierarchy import VQOutput
 from hvqd_model.codec.losses import with_gradient
 from hvqd_model.codec.perceptual import FeatureNetwork, perceptual_distance
 from workflows.config import VQTrainSettings
-from workflows.feature_network import FeatureMaps
+from workflows.evaluation.feature_network import FeatureMaps
 from workflows.training.adversary import Adversary
 from workflows.training.precision import Precision
 from workflows.training.stage import Evidence

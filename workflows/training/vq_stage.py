@@ -15,8 +15,8 @@ from hvqd_model.codec.quantizer import CodebookStatistics
 from hvqd_model.randomness import derive_key, split_keys
 from workflows.config import VQTrainSettings
 from workflows.data.batches import ImageTable, batch_indices
-from workflows.generate import to_uint8
-from workflows.sheets import prefix_sheet, to_png
+from workflows.drawing.generate import to_uint8
+from workflows.drawing.sheets import prefix_sheet, to_png
 from workflows.training import collectives
 from workflows.training.alarms import Watch
 from workflows.training.codebook_use import CodebookUse

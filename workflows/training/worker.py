@@ -24,7 +24,7 @@ from workflows.artifacts import read_manifest
 from workflows.config import RunConfig, TrainSettings
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.data.conditions import ConditionSource
-from workflows.latents import statistics_of
+from workflows.data.latents import statistics_of
 from workflows.training.alarms import Alarm, find_alarms
 from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.compiled import compile_blocks, should_compile

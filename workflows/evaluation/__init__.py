@@ -1,0 +1,1 @@
+"""Judging models on held-out pictures: features, figures with intervals, protocols, judges of conditions."""

@@ -1,0 +1,1 @@
+"""From a command on this machine to a job on others: preflight and submission."""

@@ -1,0 +1,1 @@
+"""Versions: registering, gates, promotion with its journal, copies between registries, cleaning up."""

@@ -1,0 +1,1 @@
+"""Pictures over HTTP, drawn by the champion."""
