@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from infra.jobs import (
 from infra.targets import SlurmTarget
 
 PREFIX = "hvqd-"
+_TEMPLATE = Path(__file__).parent / "deploy" / "slurm" / "job.sh"
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 60.0
 _BLOCK = 1 << 16
@@ -151,70 +152,30 @@ class SlurmLauncher:
             "open-mode": "append",
             "signal": f"B:USR1@{target.notice_seconds}",
         }
-        head = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-        exports = [f"export {name}={shlex.quote(value)}" for name, value in target.environment.items()]
-        addresses = "\n".join(
-            f"    {shlex.quote(node)}) echo {shlex.quote(address)} ;;" for node, address in target.addresses.items()
-        )
-        ray = shlex.join([python, "-m", "ray.scripts.scripts", "start"])
-        each = f"--num-cpus={target.cpus_per_node} --num-gpus={gpus} --disable-usage-stats --block"
-        return "\n".join(
-            [
-                "#!/bin/bash",
-                *head,
-                "#SBATCH --requeue",
-                "set -uo pipefail",
-                f"cd {shlex.quote(str(Path.cwd()))}",
-                "export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1",
-                *exports,
+        resources = f"--num-cpus={target.cpus_per_node} --num-gpus={gpus}"
+        job = submission.shell([python, "-m", "workflows.cli"])
+        ready = [python, "-m", "infra.nodes_ready", str(target.nodes), str(target.start_seconds)]
+        filled = {
+            "OPTIONS": [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None],
+            "FOLDER": [shlex.quote(str(Path.cwd()))],
+            "SETUP": [
+                *(f"export {name}={shlex.quote(value)}" for name, value in target.environment.items()),
                 *target.setup,
-                f"status_file={shlex.quote(str(self._path(submission.name, 'status')))}",
-                'rm -f "$status_file"',
-                "",
-                "# Where a node's Ray listens: its own address, unless the target gives it another.",
-                "address_of() {",
-                '  case "$1" in',
-                *([addresses] if addresses else []),
-                '    *) srun --overlap --exact --nodes=1 --ntasks=1 --nodelist="$1" hostname --ip-address '
-                "| awk '{print $1}' ;;",
-                "  esac",
-                "}",
-                "",
-                'mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-                'head_address=$(address_of "${nodes[0]}")',
-                "port=$((20000 + SLURM_JOB_ID % 9000))",
-                'echo "hvqd: start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on ${nodes[*]} ($head_address)"',
-                "",
-                "start_node() {  # NODE ADDRESS OPTIONS…",
-                "  local node=$1 address=$2; shift 2",
-                '  srun --exact --nodes=1 --ntasks=1 --nodelist="$node" \\',
-                f'    {ray} --node-ip-address="$address" {each} "$@" >/dev/null 2>&1 &',
-                "}",
-                'start_node "${nodes[0]}" "$head_address" --head --port="$port" \\',
-                "  --include-dashboard=true --dashboard-port=0",
-                'for node in "${nodes[@]:1}"; do',
-                '  start_node "$node" "$(address_of "$node")" --address="$head_address:$port"',
-                "done",
-                "",
-                "driver=",
-                "again=no",
-                'on_notice() { again=yes; [ -n "$driver" ] && kill -TERM "$driver" 2>/dev/null; }',
-                "trap on_notice USR1",
-                "",
-                'export RAY_ADDRESS="$head_address:$port"',
-                f"{shlex.join([python, '-m', 'infra.nodes_ready', str(target.nodes), str(target.start_seconds)])} "
-                '--address "$RAY_ADDRESS" --head "$head_address" || { echo 1 > "$status_file"; exit 1; }',
-                f"bash -c {shlex.quote('trap : USR1; ' + submission.shell([python, '-m', 'workflows.cli']))} &",
-                "driver=$!",
-                'wait "$driver"; status=$?',
-                'while kill -0 "$driver" 2>/dev/null; do wait "$driver"; status=$?; done  # a trap ends a wait early',
-                'if [ "$again" = yes ] && [ "$status" -ne 0 ]; then',
-                '  echo "hvqd: told to make room; queued again, it goes on from its root"',
-                '  scontrol requeue "$SLURM_JOB_ID"',
-                "  sleep 60",
-                "fi",
-                'echo "$status" > "$status_file"',
-                'exit "$status"',
-                "",
-            ]
-        )
+            ],
+            "STATUS_FILE": [shlex.quote(str(self._path(submission.name, "status")))],
+            "ADDRESSES": [
+                f"    {shlex.quote(node)}) echo {shlex.quote(at)} ;;" for node, at in target.addresses.items()
+            ],
+            "START_RAY": [shlex.join([python, "-m", "ray.scripts.scripts", "start"])],
+            "RESOURCES": [resources],
+            "WAIT_FOR_NODES": [shlex.join(ready)],
+            "JOB": [shlex.quote(f"trap : USR1; {job}")],
+        }
+        return _filled(_TEMPLATE.read_text(), filled)
+
+
+def _filled(template: str, filled: Mapping[str, Sequence[str]]) -> str:
+    """A template with lines in place of each `@NAME@`; a line with nothing but a name that has none is left out."""
+    empty = "|".join(name for name, lines in filled.items() if not lines)
+    text = re.sub(rf"^@({empty})@\n", "", template, flags=re.MULTILINE) if empty else template
+    return re.sub("@([A-Z_]+)@", lambda found: "\n".join(filled[found[1]]), text)
