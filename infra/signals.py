@@ -43,3 +43,9 @@ def held_back() -> Iterator[None]:
         give_back()
         for number in waiting:
             signal.raise_signal(number)
+
+
+def ignore_from_now_on() -> None:
+    """Let further ones do nothing: the process is ending anyway, and Python's own last steps would die of them."""
+    for kind in _KINDS:
+        signal.signal(kind, signal.SIG_IGN)

@@ -76,20 +76,25 @@ def keep_identity(store: Store, identity: SweepIdentity, *, force: bool = False)
     Raises:
         InputError: it was, and differs (says in what).
     """
-    wanted = identity.as_json()
+    state = check_identity(store, identity, force=force)
+    if state != "same":
+        store.write_json(SWEEP, identity.as_json())
+    return state != "new"
+
+
+def check_identity(store: Store, identity: SweepIdentity, *, force: bool = False) -> Literal["new", "same", "forced"]:
+    """What `keep_identity` would do, or its error, with nothing written."""
     try:
         present = store.read_json(SWEEP)
     except FileNotFoundError:
-        store.write_json(SWEEP, wanted)
-        return False
+        return "new"
     except ValueError as error:
         if force:
-            store.write_json(SWEEP, wanted)
-            return True
+            return "forced"
         raise InputError(
             f"{store.url}/{SWEEP} is damaged: {error}\nhint: --force writes it anew; the trials' records stay"
         ) from error
-    different = list(differences(present, wanted))
+    different = list(differences(present, identity.as_json()))
     if different and not force:
         more = len(different) - _SHOWN
         shown = "; ".join([*different[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
@@ -97,9 +102,7 @@ def keep_identity(store: Store, identity: SweepIdentity, *, force: bool = False)
             f"the sweep at {store.url} was begun otherwise: {shown}\n"
             "hint: --name starts another sweep; --force goes on with this one, old trials beside new ones"
         )
-    if different:
-        store.write_json(SWEEP, wanted)
-    return True
+    return "forced" if different else "same"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
@@ -19,7 +20,7 @@ from infra.lease import Lease, hold
 from infra.secrets import mask
 from infra.storage import Store, open_store
 from infra.tracking import Tracker
-from tuning.identity import SWEEP, SweepIdentity, keep_identity
+from tuning.identity import SWEEP, SweepIdentity, check_identity, keep_identity
 from tuning.ledger import CONFIGURATION, ENDED, TRIALS, Ledger, best_of, read_trials, trial_folder
 from tuning.records import TrialRecord, dump_records, parse_records
 from tuning.report import write_sweep_report
@@ -29,7 +30,7 @@ from tuning.space import SearchSpace
 from tuning.table import SweepTable
 from tuning.tracking import SweepRuns, params_of, wait
 from tuning.trial import Place
-from workflows.config import ComputeSettings
+from workflows.config import ComputeSettings, RunConfig
 from workflows.context import Progress
 from workflows.pipeline import Pipeline, artifact, state_of
 from workflows.requests import PARENTS
@@ -214,12 +215,21 @@ def run_sweep(request: SweepRequest, tracker: Tracker, progress: Progress, strea
             "hint: without --resume the same command begins it"
         )
     with hold(store.child(LEASE), f"the sweep {request.name}", seconds=_LEASE_SECONDS, patience_seconds=0) as lease:
-        keep_identity(store, request.identity, force=request.force)
-        store.write_json(SPACE, space.model_dump(mode="json"))
-        _warm(request, searcher)
+        # All that may refuse comes before the first word is written: a refused command leaves no sweep behind.
+        check_identity(store, request.identity, force=request.force)
+        former = _former(request)
+        for _ in _shared(request):
+            pass
         at_once = _capacity(space.resolved_base.compute, request.at_once)
         lease.extend(_LEASE_SECONDS)
-        _prepare(request, tracker, progress)
+        keep_identity(store, request.identity, force=request.force)
+        store.write_json(SPACE, space.model_dump(mode="json"))
+        if former:
+            store.write_bytes(WARM, dump_records(former).encode())
+        for record in former:
+            searcher.tell(replace(record, number=-1 - record.number))
+        for kind, config, root in _shared(request):
+            Pipeline(config, root, tracker, progress).run_alone(kind)
         lease.extend(_LEASE_SECONDS)
         ledger = Ledger(store, space, searcher, request.root.url)
         return _Session(request, ledger, searcher, tracker, lease, at_once, stream).run()
@@ -259,29 +269,30 @@ def _capacity(compute: ComputeSettings, asked: int | None) -> int:
     return asked or fits
 
 
-def _warm(request: SweepRequest, searcher: Searcher) -> None:
-    """Tell the searcher of the former sweep's trials, which the sweep keeps a copy of."""
-    store = request.store
-    if request.warm_from is not None and not store.exists(WARM):
-        former = open_store(request.warm_from)
-        trials = [record for record in read_trials(former) if record.status in ("finished", "stopped")]
-        fitting = [record for record in trials if request.space.contains(dict(record.drawn))]
-        if not fitting:
-            raise InputError(
-                f"none of the {len(trials)} trials that ended at {former.url} fits the space {request.space.name}\n"
-                "hint: name the folder of a sweep over the same parameters (ROOT/tuning/NAME), or leave --warm-from out"
-            )
-        store.write_bytes(WARM, dump_records(fitting).encode())
+def _former(request: SweepRequest) -> list[TrialRecord]:
+    """The trials of a former sweep that the searcher begins with, from the sweep's own copy once there is one.
+
+    Raises:
+        InputError: none of them fits the space.
+    """
     try:
-        known = parse_records(store.read_bytes(WARM).decode())
+        return parse_records(request.store.read_bytes(WARM).decode())
     except FileNotFoundError:
-        return
-    for record in known:
-        searcher.tell(replace(record, number=-1 - record.number))
+        if request.warm_from is None:
+            return []
+    former = open_store(request.warm_from)
+    trials = [record for record in read_trials(former) if record.status in ("finished", "stopped")]
+    fitting = [record for record in trials if request.space.contains(dict(record.drawn))]
+    if not fitting:
+        raise InputError(
+            f"none of the {len(trials)} trials that ended at {former.url} fits the space {request.space.name}\n"
+            "hint: name the folder of a sweep over the same parameters (ROOT/tuning/NAME), or leave --warm-from out"
+        )
+    return fitting
 
 
-def _prepare(request: SweepRequest, tracker: Tracker, progress: Progress) -> None:
-    """Make what all trials share, where the root does not have it yet.
+def _shared(request: SweepRequest) -> Iterator[tuple[str, RunConfig, Store]]:
+    """What all trials share and the root does not have yet: its kind, and by which configuration it is made where.
 
     Raises:
         InputError: the root has it, made with other settings.
@@ -301,7 +312,7 @@ def _prepare(request: SweepRequest, tracker: Tracker, progress: Progress) -> Non
                 "hint: --config ROOT/config.yaml takes the root's own settings, another --root leaves them alone"
             )
         if state != "current":
-            Pipeline(config, root, tracker, progress).run_alone(kind)
+            yield kind, config, root
 
 
 @dataclass
@@ -336,6 +347,8 @@ class _Session:
         runs.sync(self.ledger.records)
         table = SweepTable(space, self.request.trials, self.stream)
         table.known(self.ledger.records)
+        for record in self.ledger.records:
+            self._watch(record)  # an earlier session may have ended before it dropped their checkpoints
         self._greet(table)
         for listener in (runs.changed, table.changed, self._watch):
             self.ledger.listen(listener)

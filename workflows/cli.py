@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infra.secrets import mask
+from infra.signals import ignore_from_now_on
 from tuning.commands import doctor, tune_app
 from workflows.commands.checkpoints import checkpoints_app
 from workflows.commands.drawing import augment, edit_app, interpolate, sample
@@ -411,6 +412,8 @@ def main() -> None:
 
     try:
         status = app(standalone_mode=False, prog_name="hvqd")  # a command's own typer.Exit comes back as its status
+        if status == exit_status(KeyboardInterrupt())[0]:
+            ignore_from_now_on()
         sys.exit(status if isinstance(status, int) else 0)
     except NoArgsIsHelpError as error:
         print(error.format_message())  # noqa: T201

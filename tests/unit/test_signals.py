@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -55,3 +58,24 @@ def test_an_error_of_the_block_gives_way_to_the_interrupt() -> None:
         signal.raise_signal(signal.SIGINT)
         raise OSError("meanwhile")
     assert isinstance(caught.value.__context__, OSError)
+
+
+@pytest.mark.parametrize(("ignores", "status"), [("ignore_from_now_on()", 130), ("", -signal.SIGINT)])
+def test_a_process_that_is_ending_keeps_its_status(ignores: str, status: int) -> None:
+    """Python gives Ctrl-C back to the system before its last steps, which end the process by the signal."""
+    script = f"""
+import ctypes, sys
+from infra.signals import ignore_from_now_on
+
+libc = ctypes.CDLL(None)
+getattr(libc, "__cxa_atexit")(libc.getchar, None, None)  # what comes after Python waits for stdin
+{ignores}
+print("ends", flush=True)
+sys.exit(130)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ends\n"
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(b"\n", timeout=60)
+    assert process.returncode == status

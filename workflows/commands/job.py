@@ -14,13 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from infra.errors import EnvironmentFailure, GateRefusal, InputError
 from infra.quiet import Streams, divert_noise, switch_off_telemetry
 from infra.secrets import mask
+from infra.signals import held_back
 from workflows.commands.console import ConsoleProgress
 
 DEFAULT_PRESET = "tiny"
@@ -153,8 +154,11 @@ def run_job(job: Job, body: Callable[[Job], None]) -> None:
         # Whoever reads the answer has seen enough (`hvqd … | head`); Python must not try to flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:
-        job.progress.finish()
-        _fail(job, error)
+        status = 130
+        with suppress(KeyboardInterrupt), held_back():  # cut short by a second Ctrl-C, Ray would leave processes behind
+            job.progress.finish()
+            status = _ended_by(job, error)
+        raise typer.Exit(status) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -163,7 +167,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(job: Job, error: BaseException) -> NoReturn:
+def _ended_by(job: Job, error: BaseException) -> int:
+    """Tell the user what ended the command, stop Ray, and return the exit status."""
     status, message = exit_status(error)
     details = mask("".join(traceback.format_exception(error)))
     if job.debug and not isinstance(error, KeyboardInterrupt):
@@ -184,7 +189,7 @@ def _fail(job: Job, error: BaseException) -> NoReturn:
             from infra.cluster import disconnect
 
             disconnect()
-    raise typer.Exit(status)
+    return status
 
 
 def exit_status(error: BaseException) -> tuple[int, str]:
