@@ -23,8 +23,6 @@ from tuning.searcher import make_searcher
 from workflows.context import Context
 from workflows.loading import load_config
 
-pytestmark = pytest.mark.long
-
 ENDS: dict[int, Status] = {0: "finished", 1: "failed", 2: "stopped", 3: "failed"}
 EVERY_END: dict[str, Any] = {
     "base": {
@@ -82,6 +80,7 @@ def test_trials_finish_fail_are_stopped_or_refused_and_one_alone_is_the_same_to_
     assert "current" in json.dumps(dry.succeeded().answer)
 
 
+@pytest.mark.long
 def test_a_sweep_begins_with_what_a_former_one_knew(finished_run: FinishedRun, tmp_path: Path) -> None:
     root, env = dataset_of(finished_run, tmp_path / "root"), environment(tmp_path)
     space = space_file(tmp_path, budget={"trials": 8, "images": 320, "min_images": 160})
@@ -112,6 +111,7 @@ PRIORS: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 def test_pictures_at_a_rung_are_those_of_its_checkpoint_and_the_last_one_waits_for_the_end(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:
@@ -129,6 +129,7 @@ def test_pictures_at_a_rung_are_those_of_its_checkpoint_and_the_last_one_waits_f
     assert judge_rung(context, space, 320) is None, "only the last one is left"
 
 
+@pytest.mark.long
 def test_priors_are_compared_by_their_pictures_also_at_rungs_and_gaussian_ones_beside_the_others(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def test_priors_are_compared_by_their_pictures_also_at_rungs_and_gaussian_ones_b
     assert json.loads((root / "tuning/small/codes/manifest.json").read_text())["facts"]["latents"]
 
 
+@pytest.mark.long
 def test_a_joint_trial_is_a_tokenizer_and_a_prior_on_it_and_stops_at_the_priors_rungs(
     finished_run: FinishedRun, tmp_path: Path
 ) -> None:
