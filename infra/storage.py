@@ -342,6 +342,13 @@ class Store:
             elif not name.endswith(".partial"):
                 yield name, int(info["size"] or 0)
 
+    def is_empty(self) -> bool:
+        """Whether no file lies below: some object stores show a folder after all it held is deleted."""
+        try:
+            return next(self.walk(), None) is None
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+
     def children(self) -> list[str]:
         """Names of the files and folders directly below, sorted; empty when the folder does not exist."""
         with _explained("list", self.url):

@@ -56,6 +56,15 @@ def files_and_folders_exist_once_written(store: Store) -> None:
     assert not store.exists("folder/fil") and not store.exists("fold")
 
 
+def a_folder_is_empty_before_and_after_it_holds_files(store: Store) -> None:
+    folder = store.child("held")
+    assert folder.is_empty()
+    folder.write_bytes("deep/down", b"1")
+    assert not folder.is_empty() and not store.is_empty()
+    folder.child("deep").delete()
+    assert folder.is_empty(), "whether or not the store still shows the folder"
+
+
 def files_lists_everything_below_with_sizes_and_nothing_beside(store: Store) -> None:
     inner = store.child("run")
     assert inner.files() == {}
@@ -201,6 +210,7 @@ FACTS: list[Callable[[Store], None]] = [
     json_is_read_back_and_does_not_depend_on_the_order_of_keys,
     a_missing_file_is_not_found_and_leaves_nothing,
     files_and_folders_exist_once_written,
+    a_folder_is_empty_before_and_after_it_holds_files,
     files_lists_everything_below_with_sizes_and_nothing_beside,
     walk_finds_the_same_files_in_the_same_order_every_time,
     children_are_the_names_directly_below,

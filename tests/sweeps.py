@@ -74,7 +74,8 @@ def check_whole(root: Path | Store, ends: Mapping[int, Status], tracker: Tracker
             wanted = {rung.images: rung.metrics[metric] for rung in record.rungs if metric in rung.metrics}
             assert wanted.items() <= points.items()
     assert all(record.status in ENDED for record in records)
-    assert examine(store, tracker, None).as_text() == "nothing was left behind"
+    left = examine(store, tracker, None).as_text()
+    assert left == "nothing was left behind", left
     return records
 
 

@@ -113,26 +113,27 @@ def _folders(root: Store) -> Iterator[Finding]:
 
 def _sweep_folders(sweep: Store) -> Iterator[Finding]:
     """Leftovers of a sweep that nobody works on."""
-    if sweep.exists("ray"):
+    if not sweep.child("ray").is_empty():
         yield _folder(sweep.child("ray"), "Ray Tune's own files")
     records = {record.number: record for record in read_trials(sweep)}
     for name in sweep.child(TRIALS).children():
         folder = sweep.child(TRIALS, name)
-        if not folder.exists(RECORD):
+        if not folder.exists(RECORD) and not folder.is_empty():
             yield _folder(folder, "a trial without a record")
     for number, record in records.items():
         for stage in _STAGES:
             below = trial_folder(sweep, number).child(stage)
-            if below.exists("ray"):
+            if not below.child("ray").is_empty():
                 yield _folder(below.child("ray"), "Ray Train's own files")
             checkpoints = below.child("checkpoints")
             if record.status in ENDED:
-                if checkpoints.children():
+                if not checkpoints.is_empty():
                     yield _folder(checkpoints, f"checkpoints of a trial that is {record.status}")
                 continue
             for checkpoint in checkpoints.children():
-                if checkpoint[0].isdigit() and not checkpoints.child(checkpoint).exists(MANIFEST):
-                    yield _folder(checkpoints.child(checkpoint), "a checkpoint that was never completed")
+                begun = checkpoints.child(checkpoint)
+                if checkpoint[0].isdigit() and not begun.exists(MANIFEST) and not begun.is_empty():
+                    yield _folder(begun, "a checkpoint that was never completed")
 
 
 def _folder(store: Store, why: str) -> Finding:
