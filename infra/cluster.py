@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ _JOIN_SECONDS = 60.0
 """A cluster that answers is joined in a second or two, by a busy machine in up to half a minute."""
 _VERSIONS_SECONDS = 60.0
 _OBJECT_STORE_BYTES = 1 << 30
+_asked_ahead: dict[str, Any] = {}
+"""Tasks of the connected cluster's nodes that will tell their versions, until somebody waits for them."""
 
 
 def connect(address: str | None, cpus: int, *, compare_versions: bool = True) -> None:
@@ -42,7 +44,7 @@ def connect(address: str | None, cpus: int, *, compare_versions: bool = True) ->
     switch_off_telemetry()
     import ray
 
-    if ray.is_initialized():
+    if ray.is_initialized() and not _asked_ahead:
         return
     if address is None:
         # Workers of a local cluster inherit this process's environment, credentials included.
@@ -65,9 +67,10 @@ def connect(address: str | None, cpus: int, *, compare_versions: bool = True) ->
                 "hint: the machine is busy beyond measure; with less beside it the same command goes on where it stood"
             ) from error
         return
-    if address != "auto":
-        _check_answers(address)
-    _within(_JOIN_SECONDS, lambda: ray.init(address=address, log_to_driver=False, logging_level="warning"), address)
+    if not ray.is_initialized():
+        _join(address)
+    tasks = dict(_asked_ahead)
+    _asked_ahead.clear()
     offered = int(ray.cluster_resources().get("CPU", 0))
     if offered < cpus:
         ray.shutdown()
@@ -77,10 +80,35 @@ def connect(address: str | None, cpus: int, *, compare_versions: bool = True) ->
         )
     if compare_versions:
         try:
-            _compare_versions()
+            _compare_versions(tasks or on_every_node(versions, lambda _: ()))
         except EnvironmentFailure:
             ray.shutdown()
             raise
+
+
+def connect_ahead(address: str | None) -> None:
+    """Join an existing cluster before there is work for it, and ask its nodes for their versions.
+
+    Processes then start there while this one still loads its own libraries; `connect` waits for the answers.
+
+    Raises:
+        EnvironmentFailure: no cluster answers at the address.
+    """
+    switch_off_telemetry()
+    import ray
+
+    if address is None or ray.is_initialized():
+        return
+    _join(address)
+    _asked_ahead.update(on_every_node(versions, lambda _: ()))
+
+
+def _join(address: str) -> None:
+    import ray
+
+    if address != "auto":
+        _check_answers(address)
+    _within(_JOIN_SECONDS, lambda: ray.init(address=address, log_to_driver=False, logging_level="warning"), address)
 
 
 def on_every_node(function: Callable[..., Any], arguments: Callable[[str], tuple[Any, ...]]) -> dict[str, Any]:
@@ -102,14 +130,17 @@ def on_every_node(function: Callable[..., Any], arguments: Callable[[str], tuple
     return tasks
 
 
-def _compare_versions() -> None:
+def _compare_versions(tasks: Mapping[str, Any]) -> None:
     """Whether every node has this process's versions; one that does not answer in time is left to what follows.
 
     The processes that answer stay, and do the job's first work.
+
+    Args:
+        tasks: that answer, by the nodes' addresses.
     """
     import ray
 
-    here, tasks = versions(), on_every_node(versions, lambda _: ())
+    here = versions()
     ready, _ = ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=_VERSIONS_SECONDS)
     found = []
     for address, task in tasks.items():
@@ -146,6 +177,7 @@ def disconnect() -> None:
     """Leave the cluster; a local one stops."""
     import ray
 
+    _asked_ahead.clear()
     if ray.is_initialized():
         ray.shutdown()
 

@@ -42,6 +42,8 @@ class Submission:
     """Whether `hvqd preflight` runs first, on the target."""
     preflight_options: tuple[str, ...] = ()
     """Words for it, the configuration included."""
+    without: tuple[str, ...] = ()
+    """Patterns of files that need not travel with the code, because the command does not read them."""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Values of the target's forwarded variables."""
 

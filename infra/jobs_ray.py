@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -180,7 +180,7 @@ class RayLauncher:
         with self._explained():
             self._forget(client, submission.name)
             with tempfile.TemporaryDirectory(prefix="hvqd-code-") as scratch:
-                code = _stage(Path(scratch)) if self.target.ship_code else None
+                code = _stage(Path(scratch), submission.without) if self.target.ship_code else None
                 request = self._request(submission, code, dict(submission.secrets))
                 client.submit_job(**request)
         return find_job(self, submission.name)
@@ -264,12 +264,17 @@ class RayLauncher:
             ) from error
 
 
-def _stage(folder: Path) -> str:
-    """Copy what travels, with the commit that the models made by it shall name."""
+def _stage(folder: Path, without: Sequence[str] = ()) -> str:
+    """Copy what travels, with the commit that the models made by it shall name.
+
+    Args:
+        without: patterns of file names that stay here.
+    """
+    unwanted = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", *without)
     for name in CODE:
         source = _REPOSITORY / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+            shutil.copytree(source, folder / name, ignore=unwanted)
         elif source.exists():
             shutil.copyfile(source, folder / name)
     (folder / COMMIT).write_text(source_commit())

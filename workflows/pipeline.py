@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from infra.cluster import connect_ahead
 from infra.errors import GateRefusal
 from infra.storage import Store
 from infra.tracking import Status, TrackedRun, Tracker, open_tracker
@@ -36,15 +37,17 @@ class Step:
     """What the user is told while it runs."""
     function: str
     """module:name of its function; loaded when it is called, because most commands need few of them."""
+    trains: bool = False
+    """Whether workers do it, whose cluster can get ready while the function's libraries are loaded."""
 
 
 STEPS: dict[str, Step] = {
     step.kind: step
     for step in (
         Step("dataset", "hvqd data build", "building the dataset", "workflows.data.ingest:build_dataset"),
-        Step("vq", "hvqd train vq", "training the tokenizer", "workflows.training.launch:train_vq"),
+        Step("vq", "hvqd train vq", "training the tokenizer", "workflows.training.launch:train_vq", True),
         Step("codes", "hvqd encode", "encoding the dataset", "workflows.encode:encode_dataset"),
-        Step("prior", "hvqd train prior", "training the prior", "workflows.training.launch:train_prior"),
+        Step("prior", "hvqd train prior", "training the prior", "workflows.training.launch:train_prior", True),
         Step("evaluation", "hvqd evaluate", "evaluating on the test split", "workflows.evaluation.evaluate:evaluate"),
     )
 }
@@ -162,6 +165,8 @@ class Pipeline:
         why = "its source has changed" if changed else "settings or parents have changed"
         self.progress.say(f"{step.kind:<11} {step.does}" + (f" ({why})" if state == "stale" else ""))
         started = time.monotonic()
+        if step.trains:
+            connect_ahead(self.config.compute.address)
         parents = {parent: read for parent in PARENTS[kind] if (read := find_manifest(artifact(self.root, parent)))}
         key = digest_of(
             {

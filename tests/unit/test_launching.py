@@ -162,6 +162,14 @@ def test_what_travels_is_the_same_code_with_its_lock_and_its_commit(tmp_path: Pa
     assert len(there[1]) == 40, "a commit, in a checkout"
 
 
+@pytest.mark.parametrize(
+    ("words", "travel"), [("train vq", False), ("encode", False), ("run", True), ("tune vq", True)]
+)
+def test_the_bundled_pictures_travel_with_what_may_read_them(words: str, travel: bool, tmp_path: Path) -> None:
+    staged = Path(_stage(tmp_path, submitted(words).without))
+    assert bool(list(staged.rglob("*.parquet"))) is travel
+
+
 def test_a_file_in_a_shared_folder_travels_as_an_absolute_path_and_one_of_this_machine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

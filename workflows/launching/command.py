@@ -29,6 +29,8 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("tune",),
 )
 """What can be launched."""
+_PICTURES = ("*.parquet",)
+"""The bundled set, 19 MB; what trains and encodes reads the root's dataset."""
 _NAME_LENGTH = 47  # KubeRay's limit for a RayJob
 
 
@@ -64,6 +66,7 @@ def submission_for(
         gpus_per_worker=compute.gpus_per_worker,
         preflight=preflight,
         preflight_options=(*options, *expected) if preflight else (),
+        without=_PICTURES if verb[0] in ("train", "encode") else (),
         secrets=forwarded(target),
     )
 

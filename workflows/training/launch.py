@@ -194,8 +194,9 @@ class _Group:
         """
         import ray
 
-        ray.get(self.mailbox.take.remote())  # what an earlier group said last is of no use to this one's watchdog
-        ray.get(self.mailbox.give_order.remote(0))
+        # Nobody waits here: the mailbox's process may still start, and what one caller asks is done in order.
+        self.mailbox.take.remote()  # what an earlier group said last is of no use to this one's watchdog
+        self.mailbox.give_order.remote(0)
         self.desk.begin(self.watchdog)
         self.thread.start()
         try:
@@ -241,10 +242,10 @@ class _Group:
 
 def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
+    # It only writes to Ray's own log that a node is about to go, and is a process to wait for.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if job.config.compute.address is None:
-        # Nobody takes a cluster of one's own away, and nobody reads its metrics: two processes less to wait for.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+        os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")  # nobody reads those of a cluster of one's own
     import ray.train
     from ray.train.torch import TorchConfig
 
@@ -253,7 +254,7 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
     # the store is away. New each time: no snapshot of an earlier run is read.
     path, name = Path(tempfile.gettempdir(), "hvqd-ray"), f"run-{uuid.uuid4().hex[:12]}"
     try:
-        _trainer(own_cluster=compute.address is None)(
+        _trainer()(
             work,
             train_loop_config={"job": job, "mailbox": mailbox},
             torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
@@ -272,21 +273,20 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
         shutil.rmtree(path / name, ignore_errors=True)
 
 
-def _trainer(*, own_cluster: bool) -> Any:
+def _trainer() -> Any:
     """Ray's trainer without what no training here uses, each a process to wait for at the start.
 
-    That is the provider of Ray Data's datasets, and on a cluster of one's own the cleaner of placement groups: it asks
-    the State API, which such a cluster does not have, and would never end. Nothing is left there to clean but by a
-    search, which stops trainings hard and gives back what they held (`tuning.search`).
+    That is the provider of Ray Data's datasets, and the cleaner of placement groups: Ray frees a group itself when the
+    driver's job has ended, and a search, which stops trainings hard within one job, gives back what they held
+    (`tuning.search`). On a cluster of one's own the cleaner would ask a State API that is not there, and never end.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    unused = (DatasetsCallback, PlacementGroupCleanerCallback) if own_cluster else (DatasetsCallback,)
-
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
+            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
             return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
     return Trainer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,12 +38,26 @@ _BUCKET_ELEMENTS = 50_000_000
 def _load_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
+    with _without("mlflow"):  # for its autotuner, which nothing here uses: a second of every worker's start
+        import deepspeed
+        import deepspeed.ops
 
     # Gloo needs no help, and DeepSpeed would compile C++ on the user's machine to give it some.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Let a package count as not installed while another one is loaded, unless it is loaded already."""
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
 
 
 def worthwhile(settings: TrainSettings, world: int) -> TrainSettings:
