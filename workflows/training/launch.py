@@ -249,6 +249,7 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
     import ray.train
     from ray.train.torch import TorchConfig
 
+    _start_coordinator()
     compute = job.config.compute
     # Not on the root: what counts is in our checkpoints, so that Ray writes nothing but a mark, and need not fail when
     # the store is away. New each time: no snapshot of an earlier run is read.
@@ -271,6 +272,14 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
         ).fit()
     finally:
         shutil.rmtree(path / name, ignore_errors=True)
+
+
+def _start_coordinator() -> None:
+    """Start the actor by which Ray Train asks an autoscaler for machines, beside its controller and not after it."""
+    with suppress(ImportError):  # a detail of Ray's, which comes by itself in any case
+        from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+
+        default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
 
 
 def _trainer() -> Any:
