@@ -106,8 +106,9 @@ def connect_ahead(address: str | None) -> None:
 def _join(address: str) -> None:
     import ray
 
-    if address != "auto":
-        _check_answers(address)
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address  # set in jobs of Slurm and of Ray
+    if address != "auto" or named.rpartition(":")[2].isdigit():
+        _check_answers(named)
     _within(_JOIN_SECONDS, lambda: ray.init(address=address, log_to_driver=False, logging_level="warning"), address)
 
 
@@ -262,14 +263,18 @@ def _check_answers(address: str) -> None:
     except OSError as error:
         raise _no_answer(address, str(error)) from error
     if not address.startswith("ray://"):  # something listens; whether it is a cluster's head
-        _within(_ANSWER_SECONDS, lambda: _ask_head(address), address)
+        _within(_ANSWER_SECONDS, lambda: ask_head(address), address)
 
 
-def _ask_head(address: str) -> None:
-    """Ask a cluster's head for its name, with a token only where it wants one.
+def ask_head(address: str) -> None:
+    """Ask a cluster's head for its name, and take the token in the user's home if, and only if, it wants one.
 
-    Ray takes the token it finds in the user's home, where every local cluster leaves one. Against a cluster without
-    tokens it would then refuse that cluster's calls back, and the job's first actor would die without a reason.
+    Every local cluster leaves a token there, which `ray start` then takes and asks for. Ray's drivers take it only
+    where they find a cluster by themselves; and against a cluster without tokens they would refuse its calls back, so
+    that the first actor dies without a reason.
+
+    Raises:
+        ray.exceptions.RayError, RuntimeError: nobody answers, or the head wants another token.
     """
     from ray._private.authentication import authentication_token_setup
     from ray._raylet import GcsClient  # type: ignore[attr-defined]

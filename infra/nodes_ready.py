@@ -7,6 +7,7 @@ in time, and not in the middle of a rendezvous.
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 import time
 
@@ -17,11 +18,16 @@ def alive_nodes(address: str, head: str) -> list[str]:
     """Addresses of the nodes that are alive; empty while no cluster answers."""
     import ray
 
+    from infra.cluster import ask_head
+
     try:
         if not ray.is_initialized():
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=_POLL_SECONDS).close()  # Ray would wait for it 40 s
+            ask_head(address)
             ray.init(address=address, _node_ip_address=head, log_to_driver=False, logging_level="error")
         return sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError):
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError):
         return []
 
 

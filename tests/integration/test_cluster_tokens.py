@@ -53,6 +53,10 @@ def test_an_actor_answers_whether_or_not_the_cluster_wants_the_token(
         env |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, "-c", JOIN, nodes.address, HEAD]
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        # What a batch script asks before its job begins.
+        ready = [sys.executable, "-m", "infra.nodes_ready", "1", "20", "--address", nodes.address, "--head", HEAD]
+        waited = subprocess.run(ready, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert waited.returncode == (0 if answer else 1), waited.stderr
     assert done.stdout == answer, done.stderr
     if not answer:
         assert f"no Ray cluster answers at {nodes.address}: " in done.stderr and "token" in done.stderr
