@@ -244,6 +244,17 @@ def test_the_batch_script_asks_slurm_for_what_the_target_says(tmp_path: Path) ->
     assert not re.search(r"--(gpus-per-node|partition|mem)=", bare)
 
 
+def test_every_job_has_a_ray_token_of_its_own_unless_the_target_sets_one(tmp_path: Path) -> None:
+    (make,) = [line for line in script(tmp_path).splitlines() if "RAY_AUTH_TOKEN=" in line]
+    shown = f"{make}; echo $RAY_AUTH_TOKEN"
+    made = [subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert all(re.fullmatch(r"[0-9a-f]{64}\n", token) for token in made) and made[0] != made[1]
+    text = script(tmp_path, environment={"RAY_AUTH_TOKEN": "the target's"})
+    lines = [line for line in text.splitlines() if "RAY_AUTH_TOKEN=" in line]
+    shown = "; ".join([*lines, "echo $RAY_AUTH_TOKEN"])
+    assert subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True).stdout == "the target's\n"
+
+
 def test_the_batch_script_starts_head_and_workers_and_goes_on_from_the_same_root_when_queued_again(
     tmp_path: Path,
 ) -> None:

@@ -5,6 +5,9 @@ set -uo pipefail
 cd @FOLDER@
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 @SETUP@
+# Only this job's own processes may speak to its Ray.
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 status_file=@STATUS_FILE@
 rm -f "$status_file"
 
