@@ -102,7 +102,7 @@ def test_a_stopped_job_leaves_nothing_running_and_its_state_behind(place: Place)
     place.awaited("a checkpoint")(lambda: place.checkpoints() > 0)
     again = place.launch("train", "vq", "--no-preflight", *LONG)
     assert again.status == 2, "the name is taken while the job runs"
-    assert "hint: hvqd jobs logs -f" in again.err
+    assert "hint: follow it with `hvqd jobs logs -f" in again.err
     job = place.job()
     assert (job["state"], "on n[1-2]" in job["where"]) == ("running", True)
     assert place.hvqd("jobs", "stop", job["name"], "--on", place.on).succeeded().answer["state"] == "stopped"
