@@ -77,7 +77,7 @@ def table(done: Finished) -> dict[tuple[str, str], tuple[str, str]]:
     return found
 
 
-@pytest.mark.long  # the slow worker is made by stopping its process again and again, which a busy machine may begin late
+@pytest.mark.long  # the slow worker is stopped again and again, which a busy machine may begin late
 def test_every_fault_of_a_machine_is_named_on_it_and_none_on_the_other(tmp_path: Path) -> None:
     root, disk = tmp_path / "root", tmp_path / "disk"
     root.mkdir()
