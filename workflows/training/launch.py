@@ -277,9 +277,11 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
 def _start_coordinator() -> None:
     """Start the actor by which Ray Train asks an autoscaler for machines, beside its controller and not after it."""
     with suppress(ImportError):  # a detail of Ray's, which comes by itself in any case
-        from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
 
-        default_autoscaling_coordinator.get_or_create_autoscaling_coordinator()
+        get_or_create_autoscaling_coordinator()
 
 
 def _trainer() -> Any:
