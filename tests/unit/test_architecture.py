@@ -19,7 +19,7 @@ HOMES = {
     "deepspeed": ("workflows/training/zero.py",),
     "mlflow": ("infra/tracking.py", "infra/models.py", "infra/load_alone.py", "workflows/release/served_model.py"),
     "ray.train": ("workflows/training/launch.py", "workflows/training/worker.py"),
-    "ray.data": ("workflows/data/distributed.py",),
+    "ray.data": ("workflows/data/distributed.py", "workflows/training/launch.py"),  # Ray Train's coordinator
     "ray.serve": ("workflows/serving/app.py",),
     "ray.tune": ("tuning/search.py",),
     "fsspec": ("infra/storage.py",),
