@@ -168,7 +168,7 @@ def _by_level(subject: Subject, kind: str) -> list[NDArray[np.float64]]:
             given = [padded(level, batch) for level in levels(start, end)]
             values = measure(given, padded(labels[start:end], batch), padded(keys[start:end], batch), DRAWS)
             found.append(torch.stack(values)[:, : end - start].numpy())
-            subject.say(f"test pictures, {kind}")(end, count)
+            subject.say("test pictures under the prior")(end, count)
         return np.concatenate(found, axis=1)
 
     return list(subject.parts.array(kind, make))
