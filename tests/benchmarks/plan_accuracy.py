@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import statistics
@@ -29,14 +30,15 @@ from workflows.data.batches import CodeTable, ImageTable
 from workflows.loading import config_from
 from workflows.planning.calibration import calibrate
 from workflows.planning.model_walk import Pictures, StageName, stage_footprint
-from workflows.planning.planner import Machine, fragments_of, memory_of, settings_of, step_times
+from workflows.planning.planner import Machine, plan_stage, settings_of
+from workflows.training.heap import HUGE_PAGES, gives_back, shape_heap
 from workflows.training.judges import Judges
 from workflows.training.loop import train
 from workflows.training.prior_stage import PriorStage
 from workflows.training.stage import Stage
 from workflows.training.vq_stage import VQStage
 
-STEPS = 3
+STEPS = 6
 CLASSES = 4
 STRIDES: dict[int, list[int]] = {1: [4], 2: [8, 4], 3: [16, 8, 4]}
 
@@ -173,8 +175,10 @@ def measure_rank(case: Case) -> dict[str, Any]:
     device, shares = calibrate(memory_gib=1000)
     link = link_speed()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed so far shall not count as resting
     rest = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    shape_heap(case.config, case.stage)
     stage = made_up_stage(case)
     engine = ZeroEngine(stage.objective, stage.settings, torch.device("cpu"))
     reporter = StepTimes()
@@ -219,19 +223,21 @@ def link_speed() -> float:
 def compare(case: Case) -> Figures:
     """Planned over measured, of memory and time."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    for name, value in HUGE_PAGES.items():  # as a training's launch does
+        if gives_back(case.config, case.stage):
+            os.environ[name] = value
+        else:
+            os.environ.pop(name, None)
     with tempfile.TemporaryDirectory(prefix="hvqd-plan-") as folder:
         found = run_on_ranks(measure_rank, Path(folder), case, world=case.workers)
     peak = max(rank["peak"] for rank in found)
     chief = found[0]
     machine = Machine("here", chief["device"], chief["shares"])
-    settings = settings_of(case.config, case.stage)
     walked = stage_footprint(case.config, case.stage, Pictures(None, CLASSES))
-    fragments = fragments_of(case.config, case.stage, machine)
-    planned = memory_of(settings, walked, case.workers, on_gpu=False, fragments=fragments)
-    seconds = sum(step_times(settings, walked, machine, case.workers, on_gpu=False))
+    planned = plan_stage(case.config, case.stage, walked, machine)
     return {
-        f"memory_{case.name}": planned.total / peak,
-        f"seconds_{case.name}": seconds / chief["seconds"],
+        f"memory_{case.name}": planned.memory.total / peak,
+        f"seconds_{case.name}": planned.step_seconds / chief["seconds"],
     }
 
 

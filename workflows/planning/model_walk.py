@@ -55,6 +55,8 @@ class StageFootprint:
     statistics_bytes: int
     """Summed over ranks once a step besides gradients (codebook statistics)."""
     micro: Footprint
+    modules: int = 0
+    """That hold weights of their own, each gathered by itself at ZeRO-3."""
 
 
 def stage_footprint(config: RunConfig, stage: StageName, pictures: Pictures) -> StageFootprint:
@@ -97,6 +99,7 @@ def _continued(low: StageFootprint, high: StageFootprint, times: float) -> Stage
             moved_bytes=along(one.moved_bytes, two.moved_bytes),
             operations=count(one.operations, two.operations),
         ),
+        modules=count(low.modules, high.modules),
     )
 
 
@@ -122,7 +125,8 @@ def _footprint(config: RunConfig, objective: nn.Module, inputs: tuple[Any, ...],
         return objective(*inputs).loss  # type: ignore[no-any-return]
 
     micro = walk(objective, step, on_gpu=config.compute.gpus_per_worker > 0)
-    return StageFootprint(_parameters(objective), _buffers(objective), statistics, micro)
+    modules = sum(1 for module in objective.modules() if next(module.parameters(recurse=False), None) is not None)
+    return StageFootprint(_parameters(objective), _buffers(objective), statistics, micro, modules)
 
 
 def _precision(config: RunConfig, stage: StageName) -> Literal["fp32", "bf16"]:

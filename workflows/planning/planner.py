@@ -21,6 +21,7 @@ from workflows.config import RunConfig, TrainSettings
 from workflows.planning.footprint import Footprint
 from workflows.planning.model_walk import STAGES, Pictures, StageFootprint, StageName, stage_footprint
 from workflows.planning.prices import Device, Prices, Shares, read_prices
+from workflows.training.heap import gives_back
 
 GIB = 2**30
 _FLOAT = 4
@@ -30,6 +31,14 @@ _ZERO3_LIVE = 1_000_000_000
 """Parameters that DeepSpeed keeps gathered at ZeRO-3 at most (its default)."""
 _GIVEN_BACK = 0.08
 """Fragments where large pieces of memory are given back at once: their small remainder, measured on a CPU."""
+_CONVOLUTIONS = 1.67
+"""How much more of them there are on a CPU where convolutions work, whose results have a few large sizes and which need
+scratch memory of their own; measured."""
+_FRESH_PAGES = 1.3
+"""How much longer a CPU computes where memory is given back, so that it is new each time; measured."""
+_GATHERED_MODULE_SECONDS = 4e-3
+"""What gathering a module's weights twice and reducing its gradients takes under ZeRO-3 besides the bytes, on CPUs,
+where nothing of it overlaps with computing; measured with DeepSpeed over gloo."""
 _DEFAULT_GPU = "h100-80gb"
 _PICTURE_COMPRESSION = 4.0
 """A PNG of a picture is about so much smaller than its pixels."""
@@ -229,9 +238,9 @@ def plan_stage(config: RunConfig, stage: StageName, walked: StageFootprint, mach
     settings = settings_of(config, stage)
     workers = config.compute.most_workers
     accumulation = settings.global_batch // (settings.micro_batch * workers)
-    on_gpu = config.compute.gpus_per_worker > 0
+    on_gpu = _on_gpu(config)
     zero = effective_stage(settings, workers)
-    compute, exchange = step_times(settings, walked, machine, workers, on_gpu=on_gpu)
+    compute, exchange = _step_times(config, stage, walked, machine)
     steps = math.ceil(settings.images / settings.global_batch)
     # On GPUs what is sent overlaps with backward; on CPUs the same cores do both.
     step = max(compute, exchange) if on_gpu else compute + exchange
@@ -265,6 +274,10 @@ def settings_of(config: RunConfig, stage: StageName) -> TrainSettings:
     return config.vq.train if stage == "vq" else config.prior.train
 
 
+def _on_gpu(config: RunConfig) -> bool:
+    return config.compute.gpus_per_worker > 0
+
+
 def effective_stage(settings: TrainSettings, workers: int) -> int:
     """The ZeRO stage that the engine runs."""
     from workflows.training.zero import worthwhile
@@ -273,12 +286,13 @@ def effective_stage(settings: TrainSettings, workers: int) -> int:
 
 
 def fragments_of(config: RunConfig, stage: StageName, machine: Machine) -> float:
-    """What the allocator holds between the pieces in use, as a share of the activations.
+    """What the allocator holds between the pieces in use, as a share of what a step takes and frees.
 
     A checkpointed prior on a CPU gives back what it frees (`workflows.training.heap`).
     """
-    checkpointed = stage == "prior" and config.prior.model.activation_checkpointing
-    return _GIVEN_BACK if checkpointed and not config.compute.gpus_per_worker else machine.device.fragments
+    if gives_back(config, stage):
+        return _GIVEN_BACK
+    return machine.device.fragments * (_CONVOLUTIONS if stage == "vq" and not _on_gpu(config) else 1.0)
 
 
 def memory_of(
@@ -311,15 +325,17 @@ def memory_of(
             weights, gradients, optimizer, exchange = part, 2 * part, 3 * part, gathered + 2 * bucket
     if settings.offload_optimizer and zero > 0:
         optimizer = 0
+    activations = max(activations, 0)
+    freed = activations if on_gpu else activations + exchange  # a GPU's buckets find their old place again
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         average=(part if zero else whole) if averaged else 0,
         buffers=walked.buffer_bytes,
-        activations=max(activations, 0),
+        activations=activations,
         exchange=exchange,
-        fragments=round(fragments * max(activations, 0)),
+        fragments=round(fragments * freed),
     )
 
 
@@ -341,10 +357,9 @@ def wire_bytes(parameters: int, statistics: int, workers: int, zero: int, accumu
     return sent + 2 * statistics * share
 
 
-def step_times(
-    settings: TrainSettings, walked: StageFootprint, machine: Machine, workers: int, *, on_gpu: bool
-) -> tuple[float, float]:
+def _step_times(config: RunConfig, stage: StageName, walked: StageFootprint, machine: Machine) -> tuple[float, float]:
     """Seconds of a step's computing, and of what it sends."""
+    settings, workers, on_gpu = settings_of(config, stage), config.compute.most_workers, _on_gpu(config)
     zero = effective_stage(settings, workers)
     accumulation = settings.global_batch // (settings.micro_batch * workers)
     part = walked.parameters if zero == 0 else walked.parameters / workers
@@ -353,11 +368,13 @@ def step_times(
     optimizer = copies * _FLOAT * part / bandwidth
     if settings.offload_optimizer:
         optimizer += 2 * _FLOAT * part / (machine.device.link_gb_s * 1e9)
-    compute = accumulation * micro_seconds(walked.micro, machine) + optimizer
+    longer = _FRESH_PAGES if gives_back(config, stage) else 1.0
+    compute = accumulation * longer * micro_seconds(walked.micro, machine) + optimizer
     sent = wire_bytes(walked.parameters, walked.statistics_bytes, workers, zero, accumulation)
     across = workers > machine.device.per_node
     speed = machine.device.network_gb_s if across else machine.device.link_gb_s
-    return compute, sent / (speed * 1e9)
+    gathered = accumulation * walked.modules if zero == 3 and workers > 1 and not on_gpu else 0
+    return compute, sent / (speed * 1e9) + gathered * _GATHERED_MODULE_SECONDS
 
 
 def micro_seconds(micro: Footprint, machine: Machine) -> float:

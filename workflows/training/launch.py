@@ -34,6 +34,7 @@ from workflows.requests import PARENTS, request_of
 from workflows.training.checkpoint import RECEIPT_SECONDS
 from workflows.training.desk import PICTURES, TIMES, Desk
 from workflows.training.elastic import Growth, bundle, choose_workers
+from workflows.training.heap import HUGE_PAGES, gives_back
 from workflows.training.mailbox import open_mailbox, passing_on
 from workflows.training.patience import persist
 from workflows.training.turn import LEASE, take_turn
@@ -268,6 +269,7 @@ def _fit(job: TrainingJob, mailbox: Any, work: Work, workers: int) -> None:
                 name=name,
                 storage_path=str(path),
                 failure_config=ray.train.FailureConfig(max_failures=0),  # `run_job` decides what is worth a restart
+                worker_runtime_env={"env_vars": dict(HUGE_PAGES)} if gives_back(job.config, job.stage) else None,
             ),
         ).fit()
     finally:

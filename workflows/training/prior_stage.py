@@ -17,7 +17,6 @@ from workflows.data.batches import CodeTable, batch_indices
 from workflows.training import collectives
 from workflows.training.alarms import Watch
 from workflows.training.engine import Engine
-from workflows.training.heap import give_back_freed_memory
 from workflows.training.precision import Precision
 from workflows.training.stage import ObjectiveOutput, Position, place_on
 
@@ -75,8 +74,6 @@ class PriorStage:
         train: CodeTable,
         validation: CodeTable,
     ) -> None:
-        if model.config.activation_checkpointing and not torch.cuda.is_available():
-            give_back_freed_memory()
         self.objective = PriorObjective(model, precision)
         self.settings, self.seed = settings, seed
         self.train, self.validation = train, validation

@@ -28,6 +28,7 @@ from workflows.data.latents import statistics_of
 from workflows.training.alarms import Alarm, find_alarms
 from workflows.training.checkpoint import StoreCheckpoints
 from workflows.training.compiled import compile_blocks, should_compile
+from workflows.training.heap import shape_heap
 from workflows.training.judges import build_judges
 from workflows.training.ledger import Ledger
 from workflows.training.loop import Record, StepBack, Stopped, train
@@ -121,6 +122,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
     job: TrainingJob = loop_config["job"]
     torch.set_num_threads(job.config.compute.threads_per_worker)
+    shape_heap(job.config, job.stage)
     device = ray.train.torch.get_device()
     from workflows.training.zero import ZeroEngine
 
