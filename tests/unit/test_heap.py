@@ -1,10 +1,14 @@
-"""Activation checkpointing on a CPU saves what it is planned to save only where freed memory is given back."""
+"""The heap of a CPU training: kept memory is not asked for again, given-back memory leaves what was planned."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+
+from workflows.loading import load_config
+from workflows.planning.advice import changed_config
+from workflows.training.heap import gives_back
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -61,3 +65,50 @@ def test_a_checkpointed_step_takes_what_is_counted_when_freed_memory_is_given_ba
     kept, given_back = taken_over_counted("keep"), taken_over_counted("give back")
     assert 0.8 < given_back < 1.15, given_back
     assert given_back < 0.8 * kept, kept
+
+
+STEPS = """
+import resource
+import sys
+
+import torch
+
+from workflows.training.heap import keep_freed_memory
+
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+
+
+def step():
+    results = [torch.ones(3 << 20) for _ in range(20)]  # as activations: they stay until the last is there
+    while results:
+        results.pop()
+
+
+step()
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / (4 * 20 * 12 << 20))
+"""
+
+
+def test_kept_memory_is_not_asked_for_again() -> None:
+    def share_of_pages_that_were_new(how: str) -> float:
+        words = [sys.executable, "-c", STEPS, how]
+        done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    assert share_of_pages_that_were_new("keep") < 0.1 < 0.5 < share_of_pages_that_were_new("as ever")
+
+
+def test_only_checkpointed_priors_on_a_cpu_give_back() -> None:
+    plain = load_config("integration")
+    checkpointed = changed_config(plain, {"prior.model.activation_checkpointing": True})
+    on_gpus = changed_config(checkpointed, {"compute.gpus_per_worker": 1})
+    assert gives_back(checkpointed, "prior")
+    assert not any(gives_back(config, "vq") for config in (plain, checkpointed, on_gpus))
+    assert not any(gives_back(config, "prior") for config in (plain, on_gpus))
