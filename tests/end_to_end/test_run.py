@@ -18,9 +18,11 @@ from pathlib import Path
 
 from tests.command_line import Finished, run_hvqd, start_hvqd
 from tests.conftest import FinishedRun
+from workflows.training.heap import HUGE_PAGES
 
 _DEADLINE_SECONDS = 300.0
 _POLL_SECONDS = 0.02
+_WORKERS = 2
 _MARK = "HVQD_TEST_MARK"
 
 
@@ -149,6 +151,27 @@ def test_an_interrupted_training_says_so_everywhere_leaves_no_process_and_goes_o
     assert _runs(root) == {"pipeline": ["FINISHED"], "vq": ["FINISHED"]}
 
 
+# ---- activation checkpointing ----
+
+
+def test_a_checkpointed_prior_has_the_same_weights_from_workers_that_ask_for_large_pages(
+    finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    root = _copy(finished_run, tmp_path, "dataset", "vq", "codes")
+    pages = {f"{name}={value}".encode() for name, value in HUGE_PAGES.items()}
+
+    def workers_ask(process: subprocess.Popen[str]) -> bool:
+        return sum(pages <= environment for environment in _environments(process).values()) >= _WORKERS
+
+    with _started(
+        root, finished_run, "train", "prior", "--set", "prior.model.activation_checkpointing=true"
+    ) as process:
+        _await(process, "workers that ask for large pages", partial(workers_ask, process))
+    assert process.returncode == 0
+    weights = Path("prior", "model", "weights.safetensors")
+    assert (root / weights).read_bytes() == (finished_run.root / weights).read_bytes()
+
+
 # ---- plumbing ----
 
 
@@ -190,12 +213,22 @@ def _started(root: Path, finished: FinishedRun, *command: str) -> Iterator[subpr
 
 def _marked(process: subprocess.Popen[str]) -> dict[int, str]:
     """Command line of every living process that descends from the command, by what they have in their environment."""
+    found = {}
+    for pid in _environments(process):
+        with suppress(OSError):
+            found[pid] = Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
+
+
+def _environments(process: subprocess.Popen[str]) -> dict[int, set[bytes]]:
+    """Of every living process that descends from the command, as it was begun."""
     mark = f"{_MARK}={process.mark}".encode()  # type: ignore[attr-defined]
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            values = set((folder / "environ").read_bytes().split(b"\0"))
+            if mark in values:
+                found[int(folder.name)] = values
     return found
 
 
