@@ -46,16 +46,24 @@ def throttled(nodes: RayNodes, node: str) -> Iterator[None]:
     def victims() -> list[int]:
         return [pid for pid in nodes.of(node) if "ray::Member" in nodes.processes().get(pid, "")]
 
+    def send(number: signal.Signals, pids: list[int]) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def throttle() -> None:
         found, looked = victims(), time.monotonic()
         while not over.is_set():
-            if time.monotonic() - looked > 0.5 or not found:
-                found, looked = victims(), time.monotonic()
-            for number, seconds in ((signal.SIGSTOP, _PAUSE_SECONDS), (signal.SIGCONT, _RUN_SECONDS)):
-                for pid in found:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, number)
-                time.sleep(seconds)
+            send(signal.SIGSTOP, found)
+            stopped = time.monotonic()
+            if stopped - looked > 0.5 or not found:  # looking takes a while, in which they shall not run
+                looked, newly = stopped, [pid for pid in victims() if pid not in found]
+                send(signal.SIGSTOP, newly)
+                found += newly
+            time.sleep(max(0.0, _PAUSE_SECONDS - (time.monotonic() - stopped)))
+            send(signal.SIGCONT, found)
+            time.sleep(_RUN_SECONDS)
+        send(signal.SIGCONT, found)
 
     thread = threading.Thread(target=throttle, daemon=True)
     thread.start()
