@@ -184,10 +184,8 @@ def measure_rank(case: Case) -> dict[str, Any]:
     reporter = StepTimes()
     train(engine, stage, Nothing(), reporter)
     seconds = [after - before for before, after in zip(reporter.ends, reporter.ends[1:], strict=False)]
-    again, _ = calibrate(memory_gib=1000)
     return {
         "device": device.model_copy(update={"link_gb_s": link / 1e9}),
-        "speed_after": again.fp32_tflops / device.fp32_tflops,
         "shares": shares,
         "peak": resident("VmHWM") - rest,
         "seconds": statistics.median(seconds[:-1]) if seconds else 0.0,  # the last one also evaluates

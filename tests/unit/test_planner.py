@@ -14,8 +14,8 @@ from workflows.config import RunConfig, TrainSettings
 from workflows.loading import config_from, load_config
 from workflows.planning.advice import changed_config, least_change
 from workflows.planning.footprint import Footprint
-from workflows.planning.model_walk import Pictures, StageFootprint, _prior, stage_footprint
-from workflows.planning.planner import GIB, Machine, estimate, fragments_of, memory_of, plan_stage, wire_bytes
+from workflows.planning.model_walk import Pictures, StageFootprint, StageName, _prior, stage_footprint
+from workflows.planning.planner import GIB, Machine, estimate, memory_of, plan_stage, wire_bytes
 from workflows.planning.prices import BUNDLED, Device, Prices, read_prices
 from workflows.planning.text import plan_text
 
@@ -49,7 +49,7 @@ def table(memory_gib: float, **device: float) -> Prices:
 )
 def test_state_follows_from_parameters_by_zero_stage(zero: int, bytes_a_parameter: float) -> None:
     settings = TrainSettings.model_validate({"zero_stage": zero, "global_batch": 64, "micro_batch": 16})
-    memory = memory_of(settings, WALKED, 4, on_gpu=False, fragments=0.0)
+    memory = memory_of(settings, WALKED, 4, on_gpu=False)
     state = memory.weights + memory.gradients + memory.optimizer
     assert state == pytest.approx(bytes_a_parameter * PARAMETERS)
     assert memory.average == 0
@@ -57,23 +57,27 @@ def test_state_follows_from_parameters_by_zero_stage(zero: int, bytes_a_paramete
 
 def test_the_average_is_sharded_as_the_optimizer_is() -> None:
     settings = TrainSettings(ema_half_life_images=100, zero_stage=2, global_batch=64, micro_batch=16)
-    assert memory_of(settings, WALKED, 4, on_gpu=False, fragments=0.0).average == PARAMETERS
+    assert memory_of(settings, WALKED, 4, on_gpu=False).average == PARAMETERS
     alone = settings.model_copy(update={"global_batch": 16})
-    assert memory_of(alone, WALKED, 1, on_gpu=False, fragments=0.0).average == 4 * PARAMETERS
+    assert memory_of(alone, WALKED, 1, on_gpu=False).average == 4 * PARAMETERS
 
 
 def test_a_checkpointed_prior_on_a_cpu_is_planned_without_the_heaps_fragments() -> None:
     config = load_config("integration")
     changed = changed_config(config, {"prior.model.activation_checkpointing": True})
-    prices = read_prices()
-    machine = Machine("cpu", prices.devices["cpu"], prices.shares)
-    shares = [fragments_of(found, stage, machine) for found in (config, changed) for stage in ("vq", "prior")]
-    assert shares[0] == shares[2] > shares[1] == machine.device.fragments and shares[3] < 0.1
+
+    def share(found: RunConfig, stage: StageName) -> float:
+        machine = Machine("cpu", read_prices().devices["cpu"], read_prices().shares)
+        memory = plan_stage(found, stage, stage_footprint(found, stage, KNOWN), machine).memory
+        return memory.fragments / (memory.activations + memory.exchange)
+
+    assert share(changed, "prior") < 0.1 < 0.3 < share(config, "prior")
+    assert share(changed, "vq") == share(config, "vq") > 0.3
 
 
 def test_offloading_moves_the_optimizer_to_the_host() -> None:
     settings = TrainSettings(offload_optimizer=True, zero_stage=2, global_batch=64, micro_batch=16)
-    assert memory_of(settings, WALKED, 4, on_gpu=True, fragments=0.0).optimizer == 0
+    assert memory_of(settings, WALKED, 4, on_gpu=True).optimizer == 0
 
 
 def test_one_worker_sends_nothing_and_more_send_what_their_zero_stage_does() -> None:

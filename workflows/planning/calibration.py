@@ -25,7 +25,7 @@ from workflows.planning.model_walk import Pictures, StageName, stage_footprint
 from workflows.planning.prices import Device, Shares
 from workflows.training.heap import keep_freed_memory
 
-_FRAGMENTS = 0.48
+_FRAGMENTS = 0.3
 """Of glibc's allocator, measured on trainings of the size that fits a CPU."""
 _MATRIX = 384
 _SECONDS = 0.4

@@ -14,7 +14,7 @@ Symbols: P parameters, N workers, A micro-batches that a worker accumulates a st
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from workflows.config import RunConfig, TrainSettings
@@ -31,7 +31,7 @@ _ZERO3_LIVE = 1_000_000_000
 """Parameters that DeepSpeed keeps gathered at ZeRO-3 at most (its default)."""
 _GIVEN_BACK = 0.08
 """Fragments where large pieces of memory are given back at once: their small remainder, measured on a CPU."""
-_CONVOLUTIONS = 1.67
+_CONVOLUTIONS = 2.2
 """How much more of them there are on a CPU where convolutions work, whose results have a few large sizes and which need
 scratch memory of their own; measured."""
 _FRESH_PAGES = 1.3
@@ -58,7 +58,7 @@ class Memory:
     """Codebooks and other constants."""
     activations: int
     exchange: int
-    """Buckets on their way, and at ZeRO-3 the parameters that are gathered."""
+    """Buckets on their way, at ZeRO-3 the parameters that are gathered, and what the optimizer's step computes with."""
     fragments: int
     """What the allocator holds between the pieces in use."""
 
@@ -245,6 +245,7 @@ def plan_stage(config: RunConfig, stage: StageName, walked: StageFootprint, mach
     # On GPUs what is sent overlaps with backward; on CPUs the same cores do both.
     step = max(compute, exchange) if on_gpu else compute + exchange
     copies = 4 if settings.ema_half_life_images else 3
+    memory = memory_of(settings, walked, workers, on_gpu=on_gpu)
     checkpoint = copies * _FLOAT * walked.parameters + walked.buffer_bytes
     return StagePlan(
         stage=stage,
@@ -255,7 +256,7 @@ def plan_stage(config: RunConfig, stage: StageName, walked: StageFootprint, mach
         micro_batch=settings.micro_batch,
         accumulation=accumulation,
         steps=steps,
-        memory=memory_of(settings, walked, workers, on_gpu=on_gpu, fragments=fragments_of(config, stage, machine)),
+        memory=replace(memory, fragments=_fragments(config, stage, machine, memory)),
         host_bytes=3 * _FLOAT * walked.parameters // workers if settings.offload_optimizer else 0,
         flops_an_image=walked.micro.total_flops / settings.micro_batch,
         wire_bytes=wire_bytes(walked.parameters, walked.statistics_bytes, workers, zero, accumulation),
@@ -285,20 +286,24 @@ def effective_stage(settings: TrainSettings, workers: int) -> int:
     return int(worthwhile(settings, workers).zero_stage)
 
 
-def fragments_of(config: RunConfig, stage: StageName, machine: Machine) -> float:
-    """What the allocator holds between the pieces in use, as a share of what a step takes and frees.
+def _fragments(config: RunConfig, stage: StageName, machine: Machine, memory: Memory) -> int:
+    """Bytes that the allocator holds between the pieces in use.
 
-    A checkpointed prior on a CPU gives back what it frees (`workflows.training.heap`).
+    On a CPU what is freed is kept (`workflows.training.heap`): the few large pieces of a step's end find no room among
+    the many that activations leave, and come on top. A checkpointed prior gives all back.
     """
-    if gives_back(config, stage):
-        return _GIVEN_BACK
-    return machine.device.fragments * (_CONVOLUTIONS if stage == "vq" and not _on_gpu(config) else 1.0)
+    if _on_gpu(config):  # buckets find their old place again
+        share = machine.device.fragments * memory.activations
+    elif gives_back(config, stage):
+        share = _GIVEN_BACK * (memory.activations + memory.exchange)
+    else:
+        more = _CONVOLUTIONS if stage == "vq" else 1.0
+        share = machine.device.fragments * more * memory.activations + memory.exchange
+    return round(share)
 
 
-def memory_of(
-    settings: TrainSettings, walked: StageFootprint, workers: int, *, on_gpu: bool, fragments: float
-) -> Memory:
-    """A worker's bytes at the peak of a step, by ZeRO stage.
+def memory_of(settings: TrainSettings, walked: StageFootprint, workers: int, *, on_gpu: bool) -> Memory:
+    """A worker's bytes at the peak of a step, by ZeRO stage, without fragments.
 
     ZeRO 1 and 2 keep whole weights and a master copy of the own part; ZeRO-3 keeps both in parts, and gathers what it
     computes with.
@@ -325,17 +330,17 @@ def memory_of(
             weights, gradients, optimizer, exchange = part, 2 * part, 3 * part, gathered + 2 * bucket
     if settings.offload_optimizer and zero > 0:
         optimizer = 0
-    activations = max(activations, 0)
-    freed = activations if on_gpu else activations + exchange  # a GPU's buckets find their old place again
+    if not on_gpu:  # there AdamW is no single kernel
+        exchange += part if zero else whole
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         average=(part if zero else whole) if averaged else 0,
         buffers=walked.buffer_bytes,
-        activations=activations,
+        activations=max(activations, 0),
         exchange=exchange,
-        fragments=round(fragments * freed),
+        fragments=0,
     )
 
 
