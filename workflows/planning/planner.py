@@ -31,7 +31,7 @@ _ZERO3_LIVE = 1_000_000_000
 """Parameters that DeepSpeed keeps gathered at ZeRO-3 at most (its default)."""
 _GIVEN_BACK = 0.08
 """Fragments where large pieces of memory are given back at once: their small remainder, measured on a CPU."""
-_CONVOLUTIONS = 2.2
+_CONVOLUTIONS = 1.8
 """How much more of them there are on a CPU where convolutions work, whose results have a few large sizes and which need
 scratch memory of their own; measured."""
 _FRESH_PAGES = 1.3
