@@ -2,7 +2,7 @@
 
 glibc gives large pieces pages of their own until it has seen one freed; then pieces of up to that size come from its
 heap, whose free end it gives back to the machine when that has grown. So a training step takes thousands of pages anew
-that the step before has just given back, each filled with zeros and mapped by the kernel: a prior's step is 5 to 15 %
+that the step before has just given back, each filled with zeros and mapped by the kernel: a prior's step is 3 to 10 %
 longer. Kept, they are paid for once, and the process is no larger at its peak.
 
 Activation checkpointing is the exception. It frees a block's activations and keeps its inputs, block after block: the
