@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,7 @@ from workflows.artifacts import (
     read_manifest,
     write_manifest,
 )
+from workflows.config import EncodeSettings
 from workflows.context import Context
 from workflows.data.batches import read_shards, shard_names, to_input
 from workflows.data.distributed import Summary, map_units
@@ -81,10 +82,10 @@ def encode_dataset(context: Context) -> Manifest:
     names = [name for split in SPLITS for name in shard_names(dataset, split)]
     total = sum(int(count) for count in dataset.facts["rows"].values())
     waiting = [name for name in names if name not in entries]
-    setting, with_latents = context.config.encode.precision, context.config.prior.model.noise == "gaussian"
+    settings, with_latents = context.config.encode, context.config.prior.model.noise == "gaussian"
     done, speed = 0, _Speed()
     jobs = map_units(
-        lambda: _Encoder(root, dataset, vq, staging, store, setting, with_latents),
+        lambda: _Encoder(root, dataset, vq, staging, store, settings, with_latents),
         waiting,
         context.config.compute,
         on_gpus=True,
@@ -178,12 +179,13 @@ def encode_batches(
     device: str = "cpu",
     precision: Precision = "fp32",
     batch: int = BATCH,
+    refine_rounds: int = 0,
 ) -> list[np.ndarray[Any, Any]]:
     """(N, h, w) int32 codes of each level, coarse first, from (N, H, W, 3) uint8 pictures.
 
     The network sees `batch` pictures at a time; the last batch is padded with its own last picture.
     """
-    return encode_latents(model, pixels, device, precision, batch)[0]
+    return encode_latents(model, pixels, device, precision, batch, refine_rounds)[0]
 
 
 def encode_latents(
@@ -192,6 +194,7 @@ def encode_latents(
     device: str = "cpu",
     precision: Precision = "fp32",
     batch: int = BATCH,
+    refine_rounds: int = 0,
 ) -> tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
     """The codes as `encode_batches` gives them, and the (N, h, w, C) float32 latents behind them."""
     found: list[list[np.ndarray[Any, Any]]] = []
@@ -201,7 +204,7 @@ def encode_latents(
             rows = pixels[first : first + batch]
             padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
             with computing_in(precision, torch.device(device)):
-                codes, latents = model.encode_with_latents(to_input(padded).to(device))
+                codes, latents = model.encode_with_latents(to_input(padded).to(device), refine_rounds)
             found.append([level[: len(rows)].cpu().numpy().astype(np.int32) for level in codes])
             behind.append([level[: len(rows)].cpu().numpy() for level in latents])
     both = [[np.concatenate(level) for level in zip(*parts, strict=True)] for parts in (found, behind)]
@@ -217,7 +220,7 @@ class _Encoder:
     vq: Manifest
     staging: Store
     store: Store
-    setting: Literal["auto", "fp32", "bf16"] = "fp32"
+    settings: EncodeSettings
     with_latents: bool = False
     seconds: float = 0.0
     """What the network took for `encoded` pictures of the present shard."""
@@ -228,7 +231,7 @@ class _Encoder:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.precision, _ = choose_precision(self.setting, torch.device(self.device))
+        self.precision, _ = choose_precision(self.settings.precision, torch.device(self.device))
         self.model = load_tokenizer(self.root, self.vq).to(self.device)
 
     def __call__(self, name: str) -> Summary:
@@ -256,7 +259,8 @@ class _Encoder:
         pixels = np.stack([np.asarray(Image.open(io.BytesIO(content.as_py())).convert("RGB")) for content in encoded])
         columns = {}
         started = time.perf_counter()
-        found, latents = encode_latents(self.model, pixels, self.device, self.precision)
+        rounds = self.settings.refine_rounds
+        found, latents = encode_latents(self.model, pixels, self.device, self.precision, refine_rounds=rounds)
         self.seconds, self.encoded = self.seconds + time.perf_counter() - started, self.encoded + len(pixels)
         for level, codes in enumerate(found):
             flat = pa.array(codes.reshape(-1), pa.int32())

@@ -29,8 +29,10 @@ def _settings(kind: str, config: RunConfig) -> dict[str, Any]:
             return {"vq": _tokenizer(config), "seed": config.seed}
         case "codes":
             precision, latents = config.encode.precision, config.prior.model.noise == "gaussian"
+            rounds = config.encode.refine_rounds
             return {
                 **({} if precision == "fp32" else {"precision": precision}),
+                **({"refine_rounds": rounds} if rounds else {}),
                 **({"latents": True} if latents else {}),
             }
         case "prior":

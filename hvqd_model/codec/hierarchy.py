@@ -29,6 +29,7 @@ from hvqd_model.codec.decoder import Decoder
 from hvqd_model.codec.encoder import Encoder, factors, ratio, shrink, stage_cells, stage_channels
 from hvqd_model.codec.losses import pixel_loss, ssim
 from hvqd_model.codec.quantizer import CodebookStatistics, Quantized, Quantizer
+from hvqd_model.codec.refinement import refine
 from hvqd_model.config import VQConfig
 from hvqd_model.randomness import derive_key, split_keys, uniform
 
@@ -260,22 +261,33 @@ class HierarchicalVQ(nn.Module):
     # ---- use ----
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, images: Tensor, refine_rounds: int = 0) -> tuple[Tensor, ...]:
         """(B, h, w) int64 codes of each level, coarse first, from (B, 3, H, W) pictures in [-1, 1].
 
+        Args:
+            images: the pictures.
+            refine_rounds: passes over all codes that look for better ones with the decoder (`codec.refinement`); each
+                costs some tens of decodings.
+
         Raises:
-            ValueError: pictures of another size, or a tokenizer whose codebooks have not started.
+            ValueError: pictures of another size, rounds below 0, or a tokenizer whose codebooks have not started.
         """
-        return self.encode_with_latents(images)[0]
+        return self.encode_with_latents(images, refine_rounds)[0]
 
     @torch.no_grad()
-    def encode_with_latents(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def encode_with_latents(
+        self, images: Tensor, refine_rounds: int = 0
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The codes as `encode` gives them, and the (B, h, w, D) float32 latents that they are the nearest codes of.
 
+        The latent of a code that refinement has changed is the code's own vector.
+
         Raises:
-            ValueError: pictures of another size, or a tokenizer whose codebooks have not started.
+            ValueError: pictures of another size, rounds below 0, or a tokenizer whose codebooks have not started.
         """
         self._check_images(images)
+        if refine_rounds < 0:
+            raise ValueError(f"refine_rounds must be at least 0: {refine_rounds}\nhint: 0 takes the encoder's codes")
         for level in range(self.config.levels):
             if not self.started(level):
                 raise ValueError(f"level {level} has no codebook yet\nhint: train the tokenizer further")
@@ -285,7 +297,14 @@ class HierarchicalVQ(nn.Module):
             return none, tuple(torch.zeros(0, *grid, dim, device=images.device) for grid, dim in shapes)
         quantized, _ = self._walk(images, None, None, decode=False)
         codes = self._grids([level.indices for level in quantized])
-        return codes, tuple(level.vectors.view(*found.shape, -1) for level, found in zip(quantized, codes, strict=True))
+        latents = tuple(level.vectors.view(*found.shape, -1) for level, found in zip(quantized, codes, strict=True))
+        if refine_rounds == 0:
+            return codes, latents
+        refined = refine(self._decode_vectors, self.codebooks, self.config.cells, images, codes, refine_rounds)
+        return refined, tuple(
+            torch.where((now == before)[..., None], latent, self._quantizer(level).lookup(now))
+            for level, (now, before, latent) in enumerate(zip(refined, codes, latents, strict=True))
+        )
 
     @torch.no_grad()
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
@@ -295,12 +314,14 @@ class HierarchicalVQ(nn.Module):
             ValueError: codes that are not this tokenizer's.
         """
         self._check_codes(codes)
+        vectors = [
+            self._to_grid(self._quantizer(level).lookup(found.flatten()), level) for level, found in enumerate(codes)
+        ]
+        return self._decode_vectors(vectors).clamp(-1, 1)
 
-        def vectors(level: int, _: Tensor) -> Tensor:
-            return self._to_grid(self._quantizer(level).lookup(codes[level].flatten()), level)
-
-        x = self._decode_levels(len(codes[0]), len(codes), vectors)
-        return self._finish(x).clamp(-1, 1)
+    def _decode_vectors(self, vectors: Sequence[Tensor]) -> Tensor:
+        """(B, 3, H, W) float32 pictures from (B, D, h, w) code vectors of any prefix of the levels."""
+        return self._finish(self._decode_levels(len(vectors[0]), len(vectors), lambda level, _: vectors[level]))
 
     def _padded(self, images: Tensor) -> Tensor:
         """(B, 3, H', W') whose sides the coarsest stride divides: the last row and column repeated."""

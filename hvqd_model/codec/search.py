@@ -1,9 +1,11 @@
-"""Searches in a set of code vectors: the nearest one of each vector, and the centres to begin with.
+"""Searches in a set of code vectors: the nearest ones of each vector, and the centres to begin with.
 
 Axes: N vectors, D dimensions, K codes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,12 +23,29 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         vectors: (N, D).
         codebook: (K, D).
     """
+    found = [_lowest(each) for each in _distances(vectors, codebook)]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=vectors.device)
+
+
+def nearest_few(vectors: Tensor, codebook: Tensor, count: int) -> Tensor:
+    """(N, count) indices of the nearest codes of each vector, the nearest first; in chunks of rows.
+
+    Args:
+        vectors: (N, D).
+        codebook: (K, D).
+        count: at most K.
+    """
+    found = [torch.topk(each, count, largest=False).indices for each in _distances(vectors, codebook)]
+    return torch.cat(found) if found else torch.zeros(0, count, dtype=torch.int64, device=vectors.device)
+
+
+def _distances(vectors: Tensor, codebook: Tensor) -> Iterator[Tensor]:
+    """Squared distances of some rows of vectors after others to all codes, (rows, K), less the vectors' own norms."""
     codebook = codebook.float()
     norms = codebook.square().sum(1)
     elements = _CHUNK_ELEMENTS if vectors.device.type == "cpu" else 8 * _CHUNK_ELEMENTS  # fewer launches
-    rows = max(1, elements // len(codebook))
-    found = [_lowest(torch.addmm(norms, chunk.float(), codebook.t(), alpha=-2)) for chunk in torch.split(vectors, rows)]
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=vectors.device)
+    for chunk in torch.split(vectors, max(1, elements // len(codebook))):
+        yield torch.addmm(norms, chunk.float(), codebook.t(), alpha=-2)
 
 
 def _lowest(distances: Tensor) -> Tensor:

@@ -223,11 +223,13 @@ def closest_below(size_of: Callable[[int], int], choices: Iterable[int], most: i
 # ---- judging ----
 
 
-def reconstructions(model: HierarchicalVQ, table: ImageTable, levels: int | None = None) -> Tensor:
+def reconstructions(
+    model: HierarchicalVQ, table: ImageTable, levels: int | None = None, refine_rounds: int = 0
+) -> Tensor:
     """(N, 3, H, W) in [-1, 1]: encoded and decoded by the first `levels`, all by default."""
     found = []
     for first in range(0, len(table), 100):
-        codes = model.encode(table.batch(slice(first, first + 100)))
+        codes = model.encode(table.batch(slice(first, first + 100)), refine_rounds)
         found.append(model.decode(codes[:levels]))
     return torch.cat(found)
 
@@ -241,9 +243,9 @@ def mean_psnr(pictures: Tensor, table: ImageTable) -> float:
     return float(torch.cat(parts).mean())
 
 
-def encoded(model: HierarchicalVQ, table: ImageTable) -> CodeTable:
+def encoded(model: HierarchicalVQ, table: ImageTable, refine_rounds: int = 0) -> CodeTable:
     """The table's codes, without classes."""
-    codes = encode_batches(model, table.images)
+    codes = encode_batches(model, table.images, refine_rounds=refine_rounds)
     return CodeTable(table.ids, np.full(len(table), -1), table.styles, table.groups, tuple(codes))
 
 

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from hvqd_model import HierarchicalVQ, load_model
 from infra.storage import open_store
 from infra.tracking import open_tracker
 from tests.command_line import run_hvqd
 from tests.conftest import FinishedRun
 from tests.pictures import encoded, noise, write_files
 from workflows.artifacts import read_manifest
+from workflows.data.batches import CodeTable, ImageTable
 
 _SIDE, _GAP, _HEADER = 96, 4, 40
 
@@ -99,12 +102,17 @@ def test_a_training_leaves_its_pictures_beside_the_artifact_and_in_its_run(finis
     assert {"usage_0", "dead_codes_1", "codebook_norm_0", "val_code_norm_1"} <= set(run.data.metrics)
 
 
+def _before_encoding(finished: FinishedRun, root: Path) -> None:
+    """A copy of the run whose codes have to be made again."""
+    for kind in ("dataset", "vq", "codes"):
+        shutil.copytree(finished.root / kind, root / kind)
+    shutil.copy(finished.root / "config.yaml", root)
+    (root / "codes" / "manifest.json").unlink()
+
+
 def test_encoding_says_how_fast_it_was_and_computes_as_asked(finished_run: FinishedRun, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    for kind in ("dataset", "vq", "codes"):
-        shutil.copytree(finished_run.root / kind, root / kind)
-    shutil.copy(finished_run.root / "config.yaml", root)
-    (root / "codes" / "manifest.json").unlink()
+    _before_encoding(finished_run, root)
     given = ("encode", "--root", str(root), "--json")
     auto = run_hvqd(*given, cwd=tmp_path, env=finished_run.env).succeeded()
     assert auto.answer["digest"] == finished_run.result["digests"]["codes"]
@@ -114,3 +122,21 @@ def test_encoding_says_how_fast_it_was_and_computes_as_asked(finished_run: Finis
     rough = run_hvqd(*given, "--precision", "bf16", cwd=tmp_path, env=finished_run.env).succeeded()
     assert "images/s a process in bf16" in rough.err
     assert rough.answer["digest"] != auto.answer["digest"]
+
+
+def test_refined_codes_are_stored_and_decode_nearer_to_the_pictures(finished_run: FinishedRun, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    _before_encoding(finished_run, root)
+    given = ("encode", "--root", str(root), "--set", "encode.refine_rounds=1", "--json")
+    refined = run_hvqd(*given, cwd=tmp_path, env=finished_run.env).succeeded()
+    assert refined.answer["digest"] != finished_run.result["digests"]["codes"]
+    vq, store = load_model(root / "vq" / "model"), open_store(str(root))
+    assert isinstance(vq, HierarchicalVQ)
+    images = ImageTable.open(store.child("dataset"), read_manifest(store.child("dataset"), "hvqd data build"), "test")
+    errors = []
+    for folder in (open_store(str(finished_run.root)), store):
+        codes = CodeTable.open(folder.child("codes"), read_manifest(folder.child("codes"), "hvqd encode"), "test")
+        assert list(codes.ids) == list(images.ids)
+        shown = vq.decode([torch.from_numpy(np.asarray(level)).long() for level in codes.codes])
+        errors.append((shown - images.batch(slice(0, len(images)))).square().mean((1, 2, 3)))
+    assert (errors[1] <= errors[0] * (1 + 1e-4)).all() and errors[1].mean() < 0.99 * errors[0].mean()

@@ -60,3 +60,13 @@ def test_codes_are_asked_for_anew_when_an_arithmetic_is_named() -> None:
     assert len(set(found)) == 3
     before = request_digest("codes", {}, dict.fromkeys(parents, DATASET.digest))
     assert found[0] == before, "what was encoded before there was a choice stays current"
+
+
+def test_codes_are_asked_for_anew_when_they_are_refined() -> None:
+    parents = {"dataset": DATASET, "vq": DATASET}
+    found = [
+        request_of("codes", load_config("tiny", None, [f"encode.refine_rounds={rounds}"]), parents)
+        for rounds in (0, 1, 2)
+    ]
+    assert len(set(found)) == 3
+    assert found[0] == request_digest("codes", {}, dict.fromkeys(parents, DATASET.digest))

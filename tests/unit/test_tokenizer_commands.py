@@ -169,6 +169,15 @@ def test_reconstruct_writes_a_sheet_and_says_what_each_prefix_keeps(place: Path)
     assert text[-1] == str(place / "sheet.png")
 
 
+def test_refined_codes_show_every_picture_nearer(place: Path) -> None:
+    plain = reconstruct(asked(place), RunConfig())
+    config = RunConfig.model_validate({"encode": {"refine_rounds": 2}})
+    refined = reconstruct(asked(place, out=place / "refined.png"), config)
+    assert refined["levels"][1]["psnr"] > plain["levels"][1]["psnr"]
+    for before, after in zip(plain["pictures"], refined["pictures"], strict=True):
+        assert after["name"] == before["name"] and after["psnr"][1] >= before["psnr"][1] - 1e-3
+
+
 def test_one_level_of_one_picture_is_a_sheet_of_three(place: Path) -> None:
     result = reconstruct(asked(place, path=str(place / "pictures" / "1.png"), levels="1"), RunConfig())
     assert [row["levels"] for row in result["levels"]] == [1]

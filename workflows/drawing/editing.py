@@ -87,7 +87,8 @@ class Editor:
 
     def codes(self, pictures: Pictures) -> Codes:
         """(n, h, w) codes of each level."""
-        found = encode_batches(self.bundle.vq, pictures, str(self._device), "fp32", BATCH)
+        rounds = self.config.encode.refine_rounds
+        found = encode_batches(self.bundle.vq, pictures, str(self._device), "fp32", BATCH, rounds)
         return tuple(torch.from_numpy(level.astype(np.int64)) for level in found)
 
     def pictures(self, codes: Sequence[Tensor]) -> Pictures:

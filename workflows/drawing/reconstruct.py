@@ -74,11 +74,16 @@ def parse_levels(text: str | None, levels: int) -> range:
 
 
 def reconstructed(
-    model: HierarchicalVQ, pictures: Pictures, prefixes: range, precision: Precision, batch: int = BATCH
+    model: HierarchicalVQ,
+    pictures: Pictures,
+    prefixes: range,
+    precision: Precision,
+    batch: int = BATCH,
+    refine_rounds: int = 0,
 ) -> list[Pictures]:
     """(n, H, W, 3) what each prefix of the levels keeps of (n, H, W, 3) pictures."""
     device = next(model.parameters()).device
-    codes = encode_batches(model, pictures, str(device), precision, batch)
+    codes = encode_batches(model, pictures, str(device), precision, batch, refine_rounds)
     return [decode_codes(model, codes[:count], batch, precision) for count in prefixes]
 
 
@@ -99,7 +104,8 @@ def reconstruct(request: ReconstructRequest, config: RunConfig) -> dict[str, Any
     prefixes = parse_levels(request.levels, model.config.levels)
     found = find_pictures(request.path, config, model.config.image_size, request.count)
     precision, _ = choose_precision(request.precision, device)
-    results = reconstructed(model, found.pictures, prefixes, precision)
+    rounds = config.encode.refine_rounds
+    results = reconstructed(model, found.pictures, prefixes, precision, refine_rounds=rounds)
     sheet = prefix_sheet(found.pictures, list(zip(prefixes, results, strict=True)))
     originals = to_input(found.pictures)
     decibels = torch.stack([psnr(to_input(result), originals, 2.0) for result in results])

@@ -132,7 +132,7 @@ def _encode_split(context: Context, dataset: Manifest, vq: HierarchicalVQ, split
 
     def make() -> NDArray[np.int32]:
         context.progress.say(f"  encoding the {split} pictures")
-        found = encode_batches(vq, images.images)
+        found = encode_batches(vq, images.images, refine_rounds=context.config.encode.refine_rounds)
         return np.concatenate([level.reshape(len(images.ids), -1) for level in found], axis=1)
 
     flat = parts.array(f"codes-{split}", make)
