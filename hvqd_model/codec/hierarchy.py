@@ -300,7 +300,10 @@ class HierarchicalVQ(nn.Module):
         latents = tuple(level.vectors.view(*found.shape, -1) for level, found in zip(quantized, codes, strict=True))
         if refine_rounds == 0:
             return codes, latents
-        refined = refine(self._decode_vectors, self.codebooks, self.config.cells, images, codes, refine_rounds)
+        # Nested coarse codes say little that the finer ones do not: changed for a trifle, they would say nothing.
+        finest = self.config.levels - 1
+        levels = [finest] if self.config.hierarchy == "nested" else range(self.config.levels)
+        refined = refine(self._decode_vectors, self.codebooks, self.config.cells, images, codes, refine_rounds, levels)
         return refined, tuple(
             torch.where((now == before)[..., None], latent, self._quantizer(level).lookup(now))
             for level, (now, before, latent) in enumerate(zip(refined, codes, latents, strict=True))

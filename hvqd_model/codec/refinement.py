@@ -40,8 +40,9 @@ def refine(
     images: Tensor,
     codes: Sequence[Tensor],
     rounds: int,
+    levels: Sequence[int],
 ) -> tuple[Tensor, ...]:
-    """Codes that decode nearer to the pictures, after so many passes over all cells of all levels.
+    """Codes that decode nearer to the pictures, after so many passes over all cells of some levels.
 
     A picture's codes depend on no other picture. Its squared error, of pixels within [-1, 1], never rises.
 
@@ -52,10 +53,11 @@ def refine(
         images: (B, 3, H, W) in [-1, 1].
         codes: (B, h, w) int64 of each level: where to begin.
         rounds: 0 and more.
+        levels: whose codes may change, in the order in which they do.
     """
     search = _Search(decode, codebooks, cells, images, codes)
     for _ in range(rounds):
-        for level in range(len(codes)):
+        for level in levels:
             for lattice in _lattices(codes[level]):
                 search.improve(level, lattice)
     return search.settled()

@@ -46,7 +46,7 @@ def error(decode: Callable[[Sequence[Tensor]], Tensor], codebook: Tensor, codes:
 def test_cells_that_do_not_touch_get_the_best_code_of_all() -> None:
     codebook, images = noise(4, 3).clamp(-1, 1), noise(5, 3, 8, 12, seed=1).clamp(-1, 1)
     begun = torch.randint(0, 4, (5, 4, 6), generator=torch.Generator().manual_seed(2))
-    (found,) = refine(paint, [codebook], [CELL], images, [begun], 1)  # as many candidates as codes
+    (found,) = refine(paint, [codebook], [CELL], images, [begun], 1, [0])  # as many candidates as codes
     cells = F.avg_pool2d(images, CELL).permute(0, 2, 3, 1)
     expected = nearest_codes(cells.flatten(0, 2), codebook).view(5, 4, 6)
     assert torch.equal(found, expected) and not torch.equal(begun, expected)
@@ -58,7 +58,7 @@ def test_cells_that_depend_on_each_other_come_near_to_the_best_of_all_combinatio
     errors = torch.stack([error(smear, codebook, combinations, image.expand(625, 3, 4, 4)) for image in images])
     cells = F.avg_pool2d(images, CELL).permute(0, 2, 3, 1)
     begun = nearest_codes(cells.flatten(0, 2), codebook).view(30, 2, 2)
-    (found,) = refine(smear, [codebook], [CELL], images, [begun], 3)
+    (found,) = refine(smear, [codebook], [CELL], images, [begun], 3, [0])
     before, after = (error(smear, codebook, codes, images) for codes in (begun, found))
     assert torch.all(after <= before * (1 + 1e-6)) and torch.all(after >= errors.amin(1) * (1 - 1e-6))
     assert (after - errors.amin(1)).mean() < 0.2 * (before - errors.amin(1)).mean()
@@ -71,17 +71,25 @@ def test_all_levels_take_part() -> None:
         [F.embedding(torch.arange(6).view(1, 2, 3), codebooks[0]).permute(0, 3, 1, 2) / 2, torch.zeros(1, 3, 4, 6)]
     ).clamp(-1, 1)
     begun = [torch.zeros(1, 2, 3, dtype=torch.int64), torch.zeros(1, 4, 6, dtype=torch.int64)]
-    found = refine(paint, codebooks, [(4, 4), CELL], images, begun, 3)
+    found = refine(paint, codebooks, [(4, 4), CELL], images, begun, 3, [0, 1])
     assert [level.shape for level in found] == [level.shape for level in begun]
     assert all(not torch.equal(now, before) for now, before in zip(found, begun, strict=True))
+
+
+def test_levels_that_are_not_named_keep_their_codes() -> None:
+    codebooks, images = [noise(6, 3), noise(6, 3, seed=3)], noise(2, 3, 8, 8, seed=1).clamp(-1, 1)
+    begun = [torch.zeros(2, 2, 2, dtype=torch.int64), torch.zeros(2, 4, 4, dtype=torch.int64)]
+    for level in (0, 1):
+        found = refine(paint, codebooks, [(4, 4), CELL], images, begun, 1, [level])
+        assert torch.equal(found[1 - level], begun[1 - level]) and not torch.equal(found[level], begun[level])
 
 
 def test_a_pictures_codes_depend_on_no_other_picture() -> None:
     codebook, images = noise(9, 3).double(), noise(7, 3, 8, 8, seed=1).double().clamp(-1, 1)
     begun = torch.randint(0, 9, (7, 4, 4), generator=torch.Generator().manual_seed(2))
-    (together,) = refine(smear, [codebook], [CELL], images, [begun], 2)
+    (together,) = refine(smear, [codebook], [CELL], images, [begun], 2, [0])
     for row in range(7):
-        (alone,) = refine(smear, [codebook], [CELL], images[row : row + 1], [begun[row : row + 1]], 2)
+        (alone,) = refine(smear, [codebook], [CELL], images[row : row + 1], [begun[row : row + 1]], 2, [0])
         assert torch.equal(alone[0], together[row])
 
 
@@ -89,7 +97,7 @@ def test_nothing_is_changed_for_a_picture_that_is_met_exactly() -> None:
     codebook = noise(6, 3).clamp(-1, 1)
     begun = torch.arange(6).view(1, 2, 3)
     images = smear([F.embedding(begun, codebook).permute(0, 3, 1, 2)])
-    (found,) = refine(smear, [codebook], [CELL], images, [begun], 2)
+    (found,) = refine(smear, [codebook], [CELL], images, [begun], 2, [0])
     assert torch.equal(found, begun)
 
 
@@ -179,6 +187,13 @@ def test_refined_codes_are_the_nearest_ones_of_their_latents(case: str) -> None:
         assert torch.equal(nearest.view_as(found), found)
         same = found == before[level]
         assert torch.equal(behind[same], old[level][same])
+
+
+def test_nested_coarse_codes_stay() -> None:
+    model = tokenizer(CASES["nested"])
+    images = pictures(model.config)
+    (coarse, fine), (kept, changed) = model.encode(images), model.encode(images, refine_rounds=1)
+    assert torch.equal(coarse, kept) and not torch.equal(fine, changed)
 
 
 def test_no_rounds_are_the_encoders_codes_and_no_pictures_none() -> None:
