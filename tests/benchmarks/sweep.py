@@ -12,7 +12,7 @@ _RANDOM = 4
 
 
 def _sweep(quick: bool, seed: int) -> Figures:
-    with root_with_dataset("sweep", "integration" if quick else "tiny") as root:
+    with root_with_dataset("sweep", "integration" if quick else "tiny", seed) as root:
         space, trials = (quick_space(root.parent), 4) if quick else ("vq", 12)
         options = ("--seed", str(seed))
         found = search(root, space, "searched", "--trials", str(trials), *options)

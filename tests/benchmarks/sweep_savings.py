@@ -24,7 +24,7 @@ _BUDGET = {"trials": 16, "images": 3_600, "min_images": 400, "reduction_factor":
 
 
 def _savings(quick: bool, seed: int) -> Figures:
-    with root_with_dataset("savings", "integration") as root:
+    with root_with_dataset("savings", "integration", seed) as root:
         space, trials = (quick_space(root.parent), 4) if quick else (_space(root.parent), _BUDGET["trials"])
         options = ("--searcher", "random", "--seed", str(seed), "--trials", str(trials))
         whole = search(root, space, "whole", "--scheduler", "none", *options)

@@ -51,11 +51,12 @@ class Searched:
 
 
 @contextmanager
-def root_with_dataset(name: str, preset: str) -> Iterator[Path]:
-    """A root of one's own whose dataset is built once a preset, and linked afterwards."""
-    built = work_folder("sweeps") / preset
+def root_with_dataset(name: str, preset: str, seed: int) -> Iterator[Path]:
+    """A root of one's own whose dataset is built once a preset and seed, and linked afterwards."""
+    built = work_folder("sweeps") / f"{preset}-{seed}"
     if not (built / "dataset" / "manifest.json").exists():
-        _run("data", "build", "emoji", "--preset", preset, "--root", str(built), "--json", cwd=work_folder("sweeps"))
+        options = ("--preset", preset, "--seed", str(seed), "--root", str(built), "--json")
+        _run("data", "build", "emoji", *options, cwd=work_folder("sweeps"))
     folder = Path(tempfile.mkdtemp(prefix=f"hvqd-{name}-"))
     try:
         shutil.copytree(built / "dataset", folder / "root" / "dataset", copy_function=os.link)

@@ -11,7 +11,7 @@ from sweeps import quick_space, root_with_dataset, search
 
 
 def _overhead(quick: bool, seed: int) -> Figures:
-    with root_with_dataset("overhead", "integration") as root:
+    with root_with_dataset("overhead", "integration", seed) as root:
         options = ("--searcher", "random", "--scheduler", "none", "--max-concurrent", "1", "--seed", str(seed))
         trials = "3" if quick else "8"
         found = search(root, quick_space(root.parent), "overhead", "--trials", trials, *options)
