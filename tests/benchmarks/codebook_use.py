@@ -25,7 +25,8 @@ def measure(kind: QuantizerKind, size: int, quick: bool, seed: int) -> Figures:
     if quick and size > min(SIZES):
         return {}
     pictures = emoji(32)
-    config = configured("tiny", [f"vq.model.quantizer={kind}", f"vq.model.codebook_sizes=[{size},{size}]"], seed)
+    levels = ["vq.model.hierarchy=features", "vq.model.strides=[8,4]", f"vq.model.codebook_sizes=[{size},{size}]"]
+    config = configured("tiny", [*levels, f"vq.model.quantizer={kind}"], seed)
     trial = tokenizer_trial(config, pictures.train)
     run(trial, QUICK_IMAGES if quick else config.vq.train.images)
     name = f"{size}_{kind}"

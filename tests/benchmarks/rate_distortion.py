@@ -99,6 +99,7 @@ def arms(config: RunConfig, finest: int) -> dict[str, Arm]:
 
     def arm(strides: tuple[int, ...], depth: int) -> Arm:
         base = config.vq_config.model_dump() | {"strides": strides, "codebook_sizes": (2,) * len(strides)}
+        base |= {"hierarchy": "features"}  # nested codes are for priors: the same bits show less
         tokens = VQConfig(**base).tokens * max(1, depth)
         sizes = (size_for_bits(tokens, BITS),) * len(strides)
         return Arm(VQConfig(**(base | {"codebook_sizes": sizes})), depth)
@@ -241,7 +242,7 @@ def compare_webp(path: Path, quick: bool, seed: int) -> Figures:
         if 0.1 <= 8 * count / pixels <= 1.2:
             figures |= {f"webp_bpp_quality_{quality}": 8 * count / pixels, f"webp_psnr_quality_{quality}": found}
     for name, changes in CURVE.items():
-        settings = [f"vq.model.{key}={value}" for key, value in changes.items()]
+        settings = [f"vq.model.{key}={value}" for key, value in {"hierarchy": "features", **changes}.items()]
         config = configured("tiny", ["data.image_size=[64,64]", *settings], seed)
         speed = images_per_second({name: tokenizer_trial(config, pictures.train)}, 1 if quick else TURNS)[name]
         trial = tokenizer_trial(config, pictures.train)

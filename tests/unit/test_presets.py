@@ -48,4 +48,4 @@ def test_a_preset_states_only_what_differs_from_the_defaults_and_says_what_it_is
 
 
 def test_the_small_machine_presets_have_few_enough_codes() -> None:
-    assert load_config("tiny").vq_config.tokens <= 80
+    assert load_config("tiny").vq_config.tokens <= 84
