@@ -1,6 +1,6 @@
 """The hierarchical prior against three others that train on the same pictures for the same time.
 
-ours      two levels of codes at 32 x 32 (the preset `tiny`), three at 64 x 64, noise on codes, coarse before fine
+ours      two nested levels of codes at 32 x 32 (else the preset `tiny`), three at 64 x 64, noise on codes
 flat      one level of as many bits a picture, noise on codes, the same transformer
 gaussian  one level, Gaussian noise on the latents behind the same codes, the same transformer
 unet      diffusers' U-Net on pixels (DDIM, 50 steps), as many weights as our tokenizer and prior together
@@ -73,7 +73,7 @@ class Size:
 
 
 SIZES = {
-    "32": Size("tiny", (), 4, 120, 240),
+    "32": Size("tiny", ("vq.model.strides=[8,4]", "vq.model.codebook_sizes=[256,512]"), 4, 120, 240),
     "64": Size("cpu", ("vq.model.strides=[32,16,8]", "vq.model.codebook_sizes=[1024,1024,2048]"), 8, 240, 480),
 }
 

@@ -44,7 +44,9 @@ from workflows.training.plain import PlainEngine
 
 TINY = (
     "data.image_size=[16,16]",
+    "vq.model.strides=[8,4]",
     "vq.model.codebook_sizes=[8,16]",
+    "vq.model.hierarchy=features",
     "vq.model.code_dim=8",
     "vq.model.width=16",
     "vq.model.width_multipliers=[1,2]",
