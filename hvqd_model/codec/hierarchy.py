@@ -267,7 +267,7 @@ class HierarchicalVQ(nn.Module):
         Args:
             images: the pictures.
             refine_rounds: passes over all codes that look for better ones with the decoder (`codec.refinement`); each
-                costs some tens of decodings.
+                costs some sixty decodings a level.
 
         Raises:
             ValueError: pictures of another size, rounds below 0, or a tokenizer whose codebooks have not started.

@@ -145,7 +145,8 @@ def evaluate_version(context: Context, tracker: Tracker, name: str, pinned: Prot
 
 def _settings(context: Context) -> list[object]:
     config = context.config
-    return [config.evaluation.model_dump(mode="json"), config.sampling.of_noise(config.prior.model.noise)]
+    rounds = [config.encode.refine_rounds] if config.encode.refine_rounds else []  # other codes of the same pictures
+    return [config.evaluation.model_dump(mode="json"), config.sampling.of_noise(config.prior.model.noise), *rounds]
 
 
 def _raise_alarms(context: Context, alarms: Sequence[EvaluationAlarm]) -> None:
