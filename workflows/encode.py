@@ -40,7 +40,7 @@ from workflows.artifacts import (
 )
 from workflows.config import EncodeSettings
 from workflows.context import Context
-from workflows.data.batches import read_shards, shard_names, to_input
+from workflows.data.batches import REFINED, read_shards, shard_names, to_input
 from workflows.data.distributed import Summary, map_units
 from workflows.data.latents import FACT, gathered_statistics, latent_columns, write_sums
 from workflows.data.shards import STAGING, clear_stale, finished_shards, mark_finished, to_parquet
@@ -102,6 +102,8 @@ def encode_dataset(context: Context) -> Manifest:
         "code_dim": list(model.config.code_dims),
         "classes": list(dataset.facts["classes"]),
     }
+    if settings.refine_rounds:
+        facts = {**facts, REFINED: settings.refine_rounds}
     if with_latents:
         facts = {**facts, FACT: gathered_statistics(staging, shard_names(dataset, "train"), model.config.levels)}
     digests = {name: parent.digest for name, parent in parents.items()}

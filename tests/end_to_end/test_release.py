@@ -73,6 +73,27 @@ def test_a_release_owner_judges_anew_promotes_and_takes_back(finished_run: Finis
     ]
 
 
+def test_a_version_is_judged_on_codes_like_those_that_it_learned(finished_run: FinishedRun, tmp_path: Path) -> None:
+    """Whatever the root's own `encode.refine_rounds` is by then."""
+    root = tmp_path / "run"
+    shutil.copytree(finished_run.root, root)
+
+    def ask(*arguments: str) -> Finished:
+        return run_hvqd(*arguments, "--root", str(root), "--json", cwd=tmp_path, env=finished_run.env)
+
+    def figures_now() -> dict[str, float]:
+        measured = json.loads((root / "evaluation" / "metrics.json").read_text())["figures"]
+        return {name: figure["value"] for name, figure in measured.items()}
+
+    encoders_own = figures_now()
+    ask("run", "--set", "encode.refine_rounds=1")  # whether it is promoted says nothing here
+    refined = figures_now()
+    assert refined["psnr"] > encoders_own["psnr"]
+    for version, rounds, expected in (("2", 0, refined), ("1", 1, encoders_own)):
+        judged = ask("evaluate", "--model", version, "--set", f"encode.refine_rounds={rounds}").succeeded().answer
+        assert judged["figures"] == expected
+
+
 def test_a_bundle_says_by_itself_what_it_was_made_of_and_how(finished_run: FinishedRun) -> None:
     made = MlflowClient(f"sqlite:///{finished_run.root}/mlflow.db").get_model_version("hvqd", "1")
     bundle = Path(made.source) / "artifacts" / "bundle"

@@ -13,6 +13,7 @@ import torch
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, PriorConfig, VQConfig, save_model
 from infra.errors import InputError
 from workflows.config import SamplingSettings
+from workflows.data.batches import REFINED
 from workflows.drawing.bundle import DESCRIPTION, draw_labels, load_bundle, models_digest, write_bundle
 from workflows.drawing.generate import draw_images
 
@@ -62,6 +63,17 @@ def test_a_runs_root_is_as_good_as_a_bundle(bundle: Path, tmp_path: Path) -> Non
     root, loaded = load_bundle(tmp_path / "run"), load_bundle(bundle)
     assert (root.digest, root.classes, root.class_rows) == (loaded.digest, loaded.classes, loaded.class_rows)
     assert root.sampling is None, "a root recommends nothing; its configuration says how to sample"
+
+
+def test_how_the_codes_were_made_is_known_of_a_bundle_and_of_a_root(bundle: Path, tmp_path: Path) -> None:
+    assert load_bundle(bundle).refine_rounds == 0, "bundles of before do not say"
+    described = json.loads((bundle / DESCRIPTION).read_text()) | {REFINED: 2}
+    (bundle / DESCRIPTION).write_text(json.dumps(described))
+    assert load_bundle(bundle).refine_rounds == 2
+    for kind, facts in (("dataset", {"class_rows": {"train": list(ROWS)}}), ("codes", {REFINED: 1})):
+        (tmp_path / "run" / kind).mkdir()
+        (tmp_path / "run" / kind / "manifest.json").write_text(json.dumps({"facts": facts}))
+    assert load_bundle(tmp_path / "run").refine_rounds == 1
 
 
 def test_the_digest_is_that_of_both_weights(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hvqd_model import HierarchicalPrior, HierarchicalVQ, load_model
 from hvqd_model.randomness import uniform
 from infra.errors import InputError
 from workflows.config import SamplingSettings
+from workflows.data.batches import REFINED
 from workflows.data.learned_text import LearnedText, load_text
 
 DESCRIPTION = "bundle.json"
@@ -51,6 +52,8 @@ class LoadedBundle:
     """What its makers recommend."""
     text: LearnedText | None = None
     """Of a model that is told captions."""
+    refine_rounds: int = 0
+    """Of the codes that the prior learned (`encode.refine_rounds`); 0 for the encoder's own."""
 
     def draw_labels(self, seeds: Sequence[int]) -> list[int]:
         """A class for each seed, as often as the data has them; -1 for an unconditional model."""
@@ -215,6 +218,7 @@ def load_bundle(folder: Path) -> LoadedBundle:
         digest=models_digest(vq_folder, prior_folder),
         sampling=described["sampling"],
         text=load_text(text_folder, prior.config.text_encoder) if prior.config.text_dim else None,
+        refine_rounds=described["refine_rounds"],
     )
 
 
@@ -235,7 +239,8 @@ def _described_by_bundle(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads((folder / DESCRIPTION).read_text())
         sampling = SamplingSettings.model_validate(value["sampling"])
-        return {"class_rows": [int(rows) for rows in value["class_rows"]], "sampling": sampling}
+        rows = [int(rows) for rows in value["class_rows"]]
+        return {"class_rows": rows, "sampling": sampling, REFINED: int(value.get(REFINED, 0))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(repr(error).split())
         raise InputError(f"{folder}/{DESCRIPTION} is damaged: {reason}\nhint: register or copy it again") from error
@@ -249,4 +254,8 @@ def _described_by_root(folder: Path) -> dict[str, Any]:
             f"{folder}/dataset has no readable manifest, so the classes' names are unknown\n"
             "hint: `hvqd data build` makes it"
         ) from error
-    return {"class_rows": rows, "sampling": None}
+    try:
+        rounds = int(json.loads((folder / "codes" / "manifest.json").read_text())["facts"].get(REFINED, 0))
+    except (OSError, ValueError, KeyError, TypeError):  # a copy may leave its codes behind
+        rounds = 0
+    return {"class_rows": rows, "sampling": None, REFINED: rounds}

@@ -117,13 +117,15 @@ def evaluate_version(context: Context, tracker: Tracker, name: str, pinned: Prot
     Raises:
         InputError: no such version, or one that this root's dataset does not fit; not the protocol that is asked for.
     """
-    registry, model = Registry(tracker.uri), context.config.tracking.model_name
+    config = context.config
+    registry, model = Registry(tracker.uri), config.tracking.model_name
     number = find_version(tracker, model, name)
     dataset = read_manifest(context.root.child("dataset"), COMMANDS["dataset"])
     if pinned is not None:
         pinned.check_dataset(dataset, context.root.child("dataset").url)
     bundle = load_version(tracker, model, f"models:/{model}/{number}")
-    key = digest_of([bundle.digest, dataset.digest, *_settings(context)])
+    sampling = config.sampling.of_noise(config.prior.model.noise)
+    key = digest_of([bundle.digest, dataset.digest, config.evaluation.model_dump(mode="json"), sampling])
     store = context.root.child("evaluations", f"{model}-version-{number}-{key[:12]}")
     subject = gather_version(context, dataset, bundle, Parts(store, key))
     protocol = _protocol(subject, dataset.digest)
@@ -141,12 +143,6 @@ def evaluate_version(context: Context, tracker: Tracker, name: str, pinned: Prot
     spans = intervals_of({name: figure.json for name, figure in judged.figures.items()})
     registry.set_tag(model, number, intervals_tag(digest), json.dumps(spans, sort_keys=True))
     return VersionFigures(number, digest, values, store.url)
-
-
-def _settings(context: Context) -> list[object]:
-    config = context.config
-    rounds = [config.encode.refine_rounds] if config.encode.refine_rounds else []  # other codes of the same pictures
-    return [config.evaluation.model_dump(mode="json"), config.sampling.of_noise(config.prior.model.noise), *rounds]
 
 
 def _raise_alarms(context: Context, alarms: Sequence[EvaluationAlarm]) -> None:

@@ -157,7 +157,7 @@ def _by_level(subject: Subject, kind: str) -> list[NDArray[np.float64]]:
     def levels(start: int, end: int) -> list[Tensor]:
         if kind == "bits":
             return [torch.from_numpy(level[start:end].astype(np.int64)) for level in test.codes]
-        _, latents = encode_latents(subject.vq, test.pictures[start:end], refine_rounds=config.encode.refine_rounds)
+        _, latents = encode_latents(subject.vq, test.pictures[start:end], refine_rounds=subject.refine_rounds)
         return [torch.from_numpy(level) for level in latents]
 
     def make() -> NDArray[np.float64]:

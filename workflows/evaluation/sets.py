@@ -22,7 +22,7 @@ from infra.storage import Store
 from workflows.artifacts import Manifest, check_files
 from workflows.config import SamplingSettings
 from workflows.context import Context
-from workflows.data.batches import CodeTable, ImageTable
+from workflows.data.batches import REFINED, CodeTable, ImageTable
 from workflows.data.splits import SPLITS
 from workflows.drawing.bundle import LoadedBundle
 from workflows.drawing.generate import Pictures, decode_codes, draw_images
@@ -83,6 +83,8 @@ class Subject:
     """Pictures of every split."""
     features: FeatureExtractor
     parts: Parts
+    refine_rounds: int
+    """Of the codes that the prior learned, and so of those that it is judged by."""
 
     def say(self, unit: str) -> Callable[[int, int], None]:
         """A callback that reports (done, total) to the user."""
@@ -106,11 +108,11 @@ def gather(context: Context, parents: Mapping[str, Manifest], parts: Parts, scra
             f"{type(vq).__name__} and {type(prior).__name__}\nhint: train both again"
         )
     splits = {name: _read_split(context.root, parents, name) for name in SPLITS}
-    return _subject(context, vq, prior, splits, parts)
+    return _subject(context, vq, prior, splits, parts, int(parents["codes"].facts.get(REFINED, 0)))
 
 
 def gather_version(context: Context, dataset: Manifest, bundle: LoadedBundle, parts: Parts) -> Subject:
-    """The same for a registered version, on the pictures of this root; they are encoded with the version's tokenizer.
+    """The same for a registered version, on the pictures of this root, encoded as those were that it learned from.
 
     Raises:
         InputError: the version is for other pictures or classes.
@@ -122,17 +124,17 @@ def gather_version(context: Context, dataset: Manifest, bundle: LoadedBundle, pa
             f"{', '.join(bundle.classes) or 'none'}; the dataset has {list(size)} of {', '.join(classes) or 'none'}\n"
             "hint: judge it in a root whose dataset it was made for"
         )
-    splits = {name: _encode_split(context, dataset, bundle.vq, name, parts) for name in SPLITS}
-    return _subject(context, bundle.vq, bundle.prior, splits, parts)
+    splits = {name: _encode_split(context, dataset, bundle, name, parts) for name in SPLITS}
+    return _subject(context, bundle.vq, bundle.prior, splits, parts, bundle.refine_rounds)
 
 
-def _encode_split(context: Context, dataset: Manifest, vq: HierarchicalVQ, split: str, parts: Parts) -> Split:
+def _encode_split(context: Context, dataset: Manifest, bundle: LoadedBundle, split: str, parts: Parts) -> Split:
     images = ImageTable.open(context.root.child("dataset"), dataset, split)
-    shapes = [(len(images.ids), *grid) for grid in vq.config.grids]
+    shapes = [(len(images.ids), *grid) for grid in bundle.vq.config.grids]
 
     def make() -> NDArray[np.int32]:
         context.progress.say(f"  encoding the {split} pictures")
-        found = encode_batches(vq, images.images, refine_rounds=context.config.encode.refine_rounds)
+        found = encode_batches(bundle.vq, images.images, refine_rounds=bundle.refine_rounds)
         return np.concatenate([level.reshape(len(images.ids), -1) for level in found], axis=1)
 
     flat = parts.array(f"codes-{split}", make)
@@ -142,7 +144,12 @@ def _encode_split(context: Context, dataset: Manifest, vq: HierarchicalVQ, split
 
 
 def _subject(
-    context: Context, vq: HierarchicalVQ, prior: HierarchicalPrior, splits: Mapping[str, Split], parts: Parts
+    context: Context,
+    vq: HierarchicalVQ,
+    prior: HierarchicalPrior,
+    splits: Mapping[str, Split],
+    parts: Parts,
+    refine_rounds: int,
 ) -> Subject:
     if len(splits["test"].ids) < 2 or len(splits["train"].ids) < 2:
         raise InputError(
@@ -163,6 +170,7 @@ def _subject(
         encoded=sum(len(split.ids) for split in splits.values()),
         features=FeatureExtractor(context.config.evaluation.feature_size),
         parts=parts,
+        refine_rounds=refine_rounds,
     )
 
 

@@ -24,6 +24,7 @@ from infra.versions import source_commit
 from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
 from workflows.config import RunConfig
 from workflows.context import Context
+from workflows.data.batches import REFINED
 from workflows.drawing.bundle import (
     LoadedBundle,
     bundle_digest,
@@ -125,7 +126,12 @@ def _create(context: Context, tracker: Tracker, registry: Registry, request: str
                 "config.yaml": to_yaml(masked(config)).encode(),
                 **_learned_text(root),
             },
-            {"preprocessing": preprocessing(config), "commit": commit, "runs": runs},
+            {
+                "preprocessing": preprocessing(config),
+                "commit": commit,
+                "runs": runs,
+                **{name: value for name, value in parents["codes"].facts.items() if name == REFINED},
+            },
         )
         code = folder / "code"
         packages = [_copy_sources(name, code) for name in _PACKAGES]
