@@ -23,7 +23,7 @@ from workflows.data.learned_text import LearnedText, load_text, write_text
 from workflows.data.text_encoder import TextEncoder, encoder_digest, encoder_folder
 from workflows.drawing.asking import Asked, nearest_caption, resolve
 from workflows.drawing.bundle import LoadedBundle, load_bundle, write_bundle
-from workflows.drawing.editing import BATCH, EditRequest, enlarge, fill, interpolate, restyle
+from workflows.drawing.editing import BATCH, EditRequest, enlarge, fill, interpolate, kept_levels, restyle
 from workflows.drawing.generate import decode_codes, draw_images
 from workflows.drawing.sample import RECIPE, SampleRequest, draw_samples, parse_guidance, read_recipe, seeds_for
 from workflows.drawing.sheets import GAP
@@ -373,7 +373,8 @@ def test_an_enlarged_picture_and_a_restyled_one_keep_the_coarse_level(
         "workflows.drawing.editing.decode_codes",
         lambda vq, codes, batch: seen.append(codes) or decode(vq, codes, batch),
     )
-    result = enlarge(edit(told, "small.png"), 1, config)
+    result = enlarge(edit(told, "small.png"), None, config)
+    assert result["kept"] == 1
     assert len(result["psnr_scaled_back"]) == 2 and len(cells(result["image"])) == 4
     assert (seen[0][0] == seen[0][0][:1]).all() and (seen[0][1][0] != seen[0][1][1]).any()
     seen.clear()
@@ -381,6 +382,14 @@ def test_an_enlarged_picture_and_a_restyled_one_keep_the_coarse_level(
     content, moved, results = seen
     assert (moved[0] == content[0]).all() and (results[0] == content[0]).all()
     assert (results[1] != moved[1]).any()
+
+
+def test_all_levels_but_the_finest_are_kept_unless_fewer_are_asked_for() -> None:
+    assert [kept_levels(None, levels) for levels in (2, 3, 5)] == [1, 2, 4] and kept_levels(1, 3) == 1
+    with pytest.raises(InputError, match=r"^--keep must be between 1 and 2, the coarse levels that stay: 3\nhint: "):
+        kept_levels(3, 3)
+    with pytest.raises(InputError, match=r"^the model has one level of codes: none is coarse\nhint: "):
+        kept_levels(None, 1)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ _Guidance = Annotated[
     typer.Option("--guidance", help="Classifier-free guidance; 1 is none. One number, or class=3,style=1.5."),
 ]
 _Sheet = Annotated[Path, typer.Option("--out", help="PNG file of the sheet.")]
+_Keep = Annotated[
+    int | None, typer.Option("--keep", help="Coarse levels that stay as they are. Default all but the finest.")
+]
 _Count = Annotated[int, typer.Option("-n", help="How many results.")]
 
 
@@ -158,7 +161,7 @@ def upscale(
     job: Job,
     path: Annotated[str, typer.Argument(help="A picture smaller than the model's, of the same shape.")],
     out: _Sheet,
-    keep: Annotated[int, typer.Option("--keep", help="Coarse levels that stay; the finer ones are drawn.")] = 1,
+    keep: _Keep = None,
     count: _Count = 4,
     label: _Class = None,
     style: _Style = None,
@@ -187,7 +190,7 @@ def restyle(
     like: Annotated[str | None, typer.Option("--like", help="A picture whose style is taken.")] = None,
     style: _Style = None,
     strength: Annotated[float, typer.Option("--strength", help="Share of the fine codes drawn anew, 0 to 1.")] = 0.7,
-    keep: Annotated[int, typer.Option("--keep", help="Coarse levels that stay as they are.")] = 1,
+    keep: _Keep = None,
     count: _Count = 4,
     label: _Class = None,
     text: _Text = None,
@@ -215,7 +218,7 @@ def augment(
     out: Annotated[str, typer.Option("--out", help="Folder or URL of the new dataset.")],
     count: Annotated[int, typer.Option("-n", help="How many variants of each picture.")] = 2,
     strength: Annotated[float, typer.Option("--strength", help="Share of the fine codes drawn anew, to 1.")] = 0.5,
-    keep: Annotated[int, typer.Option("--keep", help="Coarse levels that stay as they are.")] = 1,
+    keep: _Keep = None,
     originals: Annotated[
         bool, typer.Option("--originals/--no-originals", help="Whether the pictures themselves come along.")
     ] = True,

@@ -41,7 +41,7 @@ from workflows.data.shards import STAGING, clear_stale, finished_shards, mark_fi
 from workflows.data.sources import Raw, list_units, source_digest
 from workflows.data.splits import SPLITS, TRAIN, split_number
 from workflows.drawing.bundle import LoadedBundle
-from workflows.drawing.editing import Editor, check_keep
+from workflows.drawing.editing import Editor, kept_levels
 from workflows.drawing.generate import Pictures
 from workflows.drawing.sheets import column_sheet, to_png
 
@@ -71,8 +71,8 @@ class AugmentRequest:
     """Variants of each picture."""
     strength: float
     """Share of the finer codes that is drawn anew."""
-    keep: int
-    """Coarse levels that stay as they are."""
+    keep: int | None
+    """Coarse levels that stay as they are; None for all but the finest."""
     originals: bool
     """Whether the pictures themselves are in the new dataset, too."""
     model: str | None
@@ -136,7 +136,7 @@ def augment(request: AugmentRequest, config: RunConfig, progress: Progress) -> d
     store = open_store(request.out)
     _check_out(request, store)
     editor = Editor.open(request, config)
-    check_keep(request.keep, editor.bundle.vq.config.levels)
+    request = replace(request, keep=kept_levels(request.keep, editor.bundle.vq.config.levels))
     settings = config.data.model_copy(update={"image_size": editor.bundle.vq.config.image_size})
     source = _source(request.source, config, settings)
     asked = _as_asked(request, source.digest, editor, settings)
@@ -273,6 +273,7 @@ def _varied(originals: Sequence[_Original], request: AugmentRequest, editor: Edi
         for variant in range(count)
     ]
     given = told(editor.bundle, originals).each(lambda part: part.repeat_interleave(count, 0))
+    assert request.keep is not None  # since `augment`
     unknown = renoised(repeated, torch.tensor(seeds, dtype=torch.int64), request.strength, request.keep)
     drawn = editor.drawer(given, seeds)(repeated, unknown)
     pictures = editor.pictures(drawn)

@@ -263,20 +263,20 @@ def _opened(path: str) -> Image.Image:
 # ---- levels and styles ----
 
 
-def enlarge(request: EditRequest, keep: int, config: RunConfig) -> dict[str, Any]:
+def enlarge(request: EditRequest, keep: int | None, config: RunConfig) -> dict[str, Any]:
     """Write a sheet of a small picture made as large as the model's: its coarse levels stay, the fine ones are drawn.
 
     Args:
-        keep: coarse levels that stay.
+        keep: coarse levels that stay; None for all but the finest.
 
     Returns:
-        JSON values: image (path), psnr_scaled_back (dB of each result scaled back to the small picture, and of the
-        bicubic enlargement as it is reconstructed).
+        JSON values: image (path), kept (levels that stay), psnr_scaled_back (dB of each result scaled back to the
+        small picture).
     """
     editor = Editor.open(request, config)
     vq = editor.bundle.vq
     small = _small(request.path, vq.config.image_size)
-    check_keep(keep, vq.config.levels)
+    keep = kept_levels(keep, vq.config.levels)
     x = to_input(small)
     device = next(vq.parameters()).device
     codes = [level[:1].cpu() for level in coarse_codes(vq, x.expand(BATCH, -1, -1, -1).to(device))]
@@ -289,19 +289,22 @@ def enlarge(request: EditRequest, keep: int, config: RunConfig) -> dict[str, Any
     decibels = [round(float(value), 2) for value in psnr(back, x.expand_as(back), 2.0)]
     columns = [("small", f"{small.shape[2]} x {small.shape[1]}", _as_large(small, plain)), ("bicubic", "", plain)]
     columns += [(f"drawn {place + 1}", f"{decibels[place]:.1f} dB", found[place : place + 1]) for place in range(count)]
-    return {"image": write_picture(request.out, to_png(column_sheet(columns))), "psnr_scaled_back": decibels}
+    image = write_picture(request.out, to_png(column_sheet(columns)))
+    return {"image": image, "kept": keep, "psnr_scaled_back": decibels}
 
 
-def restyle(request: EditRequest, like: str | None, strength: float, keep: int, config: RunConfig) -> dict[str, Any]:
+def restyle(
+    request: EditRequest, like: str | None, strength: float, keep: int | None, config: RunConfig
+) -> dict[str, Any]:
     """Write a sheet of a picture in another style: coarse levels stay, fine ones are moved or drawn anew.
 
     Args:
         like: a picture whose fine-level statistics are taken; None takes none.
         strength: share of the fine codes that are drawn anew.
-        keep: coarse levels that stay as they are, bit for bit.
+        keep: coarse levels that stay as they are, bit for bit; None for all but the finest.
 
     Returns:
-        JSON values: image (path), drawn (share of the codes that were drawn anew).
+        JSON values: image (path), kept (levels that stay), drawn (share of the codes that were drawn anew).
     """
     if like is None and request.asked.style is None:
         raise InputError(
@@ -309,7 +312,7 @@ def restyle(request: EditRequest, like: str | None, strength: float, keep: int, 
             "hint: --like PICTURE takes a picture's style, --style NAME one that the model has learned"
         )
     editor = Editor.open(request, config)
-    check_keep(keep, editor.bundle.vq.config.levels)
+    keep = kept_levels(keep, editor.bundle.vq.config.levels)
     picture, count = editor.picture(request.path), request.count
     content = editor.codes(picture)
     columns = [("picture", "", picture), ("codes", "", editor.pictures(content))]
@@ -322,16 +325,26 @@ def restyle(request: EditRequest, like: str | None, strength: float, keep: int, 
     unknown = renoised(_repeated(codes, count), torch.tensor(seeds), strength, keep)
     found = editor.pictures(editor.completed(request.asked, seeds)(_repeated(codes, count), unknown))
     columns += [(f"result {place + 1}", "", found[place : place + 1]) for place in range(count)]
-    return {"image": write_picture(request.out, to_png(column_sheet(columns))), "drawn": _share(unknown)}
+    image = write_picture(request.out, to_png(column_sheet(columns)))
+    return {"image": image, "kept": keep, "drawn": _share(unknown)}
 
 
-def check_keep(keep: int, levels: int) -> None:
-    """Refuse to keep no level, or all."""
+def kept_levels(keep: int | None, levels: int) -> int:
+    """How many coarse levels stay; None asks for all but the finest.
+
+    Raises:
+        InputError: none would, or all; the model may have but one.
+    """
+    if levels == 1:
+        raise InputError("the model has one level of codes: none is coarse\nhint: choose a model with more levels")
+    if keep is None:
+        return levels - 1
     if not 1 <= keep < levels:
         raise InputError(
             f"--keep must be between 1 and {levels - 1}, the coarse levels that stay: {keep}\n"
             "hint: 1 keeps the coarsest level alone"
         )
+    return keep
 
 
 def _small(path: str, size: tuple[int, int]) -> Pictures:
