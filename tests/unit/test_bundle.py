@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ import torch
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, PriorConfig, VQConfig, save_model
 from infra.errors import InputError
 from workflows.config import SamplingSettings
-from workflows.data.batches import REFINED
-from workflows.drawing.bundle import DESCRIPTION, draw_labels, load_bundle, models_digest, write_bundle
+from workflows.drawing.bundle import DESCRIPTION, REFINED, draw_labels, load_bundle, models_digest, write_bundle
 from workflows.drawing.generate import draw_images
+from workflows.release.inspection import TRAINING_PACKAGES
 
 CLASSES = ("cats", "dogs")
 ROWS = (3, 1)
@@ -63,6 +65,12 @@ def test_a_runs_root_is_as_good_as_a_bundle(bundle: Path, tmp_path: Path) -> Non
     root, loaded = load_bundle(tmp_path / "run"), load_bundle(bundle)
     assert (root.digest, root.classes, root.class_rows) == (loaded.digest, loaded.classes, loaded.class_rows)
     assert root.sampling is None, "a root recommends nothing; its configuration says how to sample"
+
+
+def test_a_bundle_is_read_without_what_only_training_needs() -> None:
+    read = "import sys, workflows.drawing.bundle, workflows.drawing.generate; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True)
+    assert not {name.split(".")[0] for name in done.stdout.split()} & set(TRAINING_PACKAGES)
 
 
 def test_how_the_codes_were_made_is_known_of_a_bundle_and_of_a_root(bundle: Path, tmp_path: Path) -> None:

@@ -41,8 +41,6 @@ from workflows.data.latents import read_latents
 
 Array = np.ndarray[Any, Any]
 
-REFINED = "refine_rounds"
-"""A fact of the codes' manifest, and so of bundle.json: `encode.refine_rounds`, left out where it is 0."""
 _ROUNDS = 4
 
 

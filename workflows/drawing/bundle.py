@@ -24,13 +24,14 @@ from hvqd_model import HierarchicalPrior, HierarchicalVQ, load_model
 from hvqd_model.randomness import uniform
 from infra.errors import InputError
 from workflows.config import SamplingSettings
-from workflows.data.batches import REFINED
 from workflows.data.learned_text import LearnedText, load_text
 
 DESCRIPTION = "bundle.json"
 SERVED_BATCH = 16
 """Pictures that a served model draws at once, unless its sampling says less: always as many, so that a picture depends
 on no other request."""
+REFINED = "refine_rounds"
+"""An entry of bundle.json, and a fact of the codes' manifest: `encode.refine_rounds`, left out where it is 0."""
 DIGESTS = "digests.json"
 """SHA-256 of every other file of a bundle, and once more of the whole folder that a version is registered with."""
 _LEFT_BY_MLFLOW = "registered_model_meta"

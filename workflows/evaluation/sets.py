@@ -22,9 +22,9 @@ from infra.storage import Store
 from workflows.artifacts import Manifest, check_files
 from workflows.config import SamplingSettings
 from workflows.context import Context
-from workflows.data.batches import REFINED, CodeTable, ImageTable
+from workflows.data.batches import CodeTable, ImageTable
 from workflows.data.splits import SPLITS
-from workflows.drawing.bundle import LoadedBundle
+from workflows.drawing.bundle import REFINED, LoadedBundle
 from workflows.drawing.generate import Pictures, decode_codes, draw_images
 from workflows.encode import encode_batches
 from workflows.evaluation.features import FeatureExtractor

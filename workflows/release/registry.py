@@ -24,8 +24,8 @@ from infra.versions import source_commit
 from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
 from workflows.config import RunConfig
 from workflows.context import Context
-from workflows.data.batches import REFINED
 from workflows.drawing.bundle import (
+    REFINED,
     LoadedBundle,
     bundle_digest,
     bundle_problems,
