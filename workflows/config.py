@@ -261,6 +261,10 @@ class ComputeSettings(Settings):
         return self.workers if isinstance(self.workers, int) else self.workers.min
 
 
+REFINED = "refine_rounds"
+"""How the codes' manifest and a bundle call `encode.refine_rounds`; both leave it out where it is 0."""
+
+
 class EncodeSettings(Settings):
     """How the dataset becomes codes."""
 
@@ -269,7 +273,8 @@ class EncodeSettings(Settings):
     auto takes bf16 where the processor is made for it, which is faster and moves a few codes."""
     refine_rounds: int = Field(0, ge=0)
     """Passes over all codes of a picture that look for better ones with the decoder: some tenths of a decibel at the
-    same bits, for a hundred times the work. Holds wherever pictures are encoded: reconstruct, edit, evaluate."""
+    same bits, for a hundred times the work. Holds wherever pictures are encoded: reconstruct, edit, evaluate; but a
+    registered version is judged by as many as its own codes had."""
 
 
 class SamplingSettings(Settings):

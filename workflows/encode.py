@@ -38,14 +38,13 @@ from workflows.artifacts import (
     read_manifest,
     write_manifest,
 )
-from workflows.config import EncodeSettings
+from workflows.config import REFINED, EncodeSettings
 from workflows.context import Context
 from workflows.data.batches import read_shards, shard_names, to_input
 from workflows.data.distributed import Summary, map_units
 from workflows.data.latents import FACT, gathered_statistics, latent_columns, write_sums
 from workflows.data.shards import STAGING, clear_stale, finished_shards, mark_finished, to_parquet
 from workflows.data.splits import SPLITS
-from workflows.drawing.bundle import REFINED
 from workflows.requests import request_of
 from workflows.training.precision import Precision, choose_precision, computing_in
 

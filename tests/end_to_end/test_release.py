@@ -16,17 +16,27 @@ from tests.command_line import Finished, run_hvqd
 from tests.conftest import FinishedRun
 
 
+class Copied:
+    """A finished run in a folder of its own, and what is asked of it."""
+
+    def __init__(self, finished_run: FinishedRun, folder: Path) -> None:
+        self.folder, self.env = folder, finished_run.env
+        self.root = Path(shutil.copytree(finished_run.root, folder / "run"))
+
+    def ask(self, *arguments: str) -> Finished:
+        """A command on it."""
+        return run_hvqd(*arguments, "--root", str(self.root), "--json", cwd=self.folder, env=self.env)
+
+    def figures(self) -> dict[str, float]:
+        """Of its present evaluation."""
+        measured = json.loads((self.root / "evaluation" / "metrics.json").read_text())["figures"]
+        return {name: figure["value"] for name, figure in measured.items()}
+
+
 def test_a_release_owner_judges_anew_promotes_and_takes_back(finished_run: FinishedRun, tmp_path: Path) -> None:
     """Versions that were judged by different protocols are compared only after the champion was judged like the new."""
-    root = tmp_path / "run"
-    shutil.copytree(finished_run.root, root)
-
-    def ask(*arguments: str) -> Finished:
-        return run_hvqd(*arguments, "--root", str(root), "--json", cwd=tmp_path, env=finished_run.env)
-
-    def figures_now() -> dict[str, float]:
-        measured = json.loads((root / "evaluation" / "metrics.json").read_text())["figures"]
-        return {name: figure["value"] for name, figure in measured.items()}
+    copied = Copied(finished_run, tmp_path)
+    ask, figures_now = copied.ask, copied.figures
 
     anew = ask("evaluate", "--model", "champion").succeeded().answer
     assert anew["version"] == "1"
@@ -75,15 +85,8 @@ def test_a_release_owner_judges_anew_promotes_and_takes_back(finished_run: Finis
 
 def test_a_version_is_judged_on_codes_like_those_that_it_learned(finished_run: FinishedRun, tmp_path: Path) -> None:
     """Whatever the root's own `encode.refine_rounds` is by then."""
-    root = tmp_path / "run"
-    shutil.copytree(finished_run.root, root)
-
-    def ask(*arguments: str) -> Finished:
-        return run_hvqd(*arguments, "--root", str(root), "--json", cwd=tmp_path, env=finished_run.env)
-
-    def figures_now() -> dict[str, float]:
-        measured = json.loads((root / "evaluation" / "metrics.json").read_text())["figures"]
-        return {name: figure["value"] for name, figure in measured.items()}
+    copied = Copied(finished_run, tmp_path)
+    ask, figures_now = copied.ask, copied.figures
 
     encoders_own = figures_now()
     ask("run", "--set", "encode.refine_rounds=1")  # whether it is promoted says nothing here

@@ -14,8 +14,8 @@ import torch
 
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, PriorConfig, VQConfig, save_model
 from infra.errors import InputError
-from workflows.config import SamplingSettings
-from workflows.drawing.bundle import DESCRIPTION, REFINED, draw_labels, load_bundle, models_digest, write_bundle
+from workflows.config import REFINED, SamplingSettings
+from workflows.drawing.bundle import DESCRIPTION, draw_labels, load_bundle, models_digest, write_bundle
 from workflows.drawing.generate import draw_images
 from workflows.release.inspection import TRAINING_PACKAGES
 

@@ -1,11 +1,11 @@
 """A bundle: all that is needed to draw pictures, in one folder. What gets registered, and what `--model` may name.
 
 vq/ and prior/ hold the two models (see hvqd_model.export); bundle.json holds the classes' names and how often the data
-has them, the recommended sampling, how pictures were prepared, and what it was made from (digests, runs, commit);
-config.yaml the whole configuration; README.md is the model card; evaluation.json the figures with their protocol;
-samples.png a sheet of samples; requirements.lock the exact packages that it draws with; DATA_LICENCES.md what the
-training pictures ask for; text/, of a model that is told captions, the encoder of captions and those that were learned;
-digests.json every other file's SHA-256.
+has them, the recommended sampling, how pictures were prepared and encoded, and what it was made from (digests, runs,
+commit); config.yaml the whole configuration; README.md is the model card; evaluation.json the figures with their
+protocol; samples.png a sheet of samples; requirements.lock the exact packages that it draws with; DATA_LICENCES.md
+what the training pictures ask for; text/, of a model that is told captions, the encoder of captions and those that
+were learned; digests.json every other file's SHA-256.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ import torch
 from hvqd_model import HierarchicalPrior, HierarchicalVQ, load_model
 from hvqd_model.randomness import uniform
 from infra.errors import InputError
-from workflows.config import SamplingSettings
+from workflows.config import REFINED, SamplingSettings
 from workflows.data.learned_text import LearnedText, load_text
 
 DESCRIPTION = "bundle.json"
 SERVED_BATCH = 16
 """Pictures that a served model draws at once, unless its sampling says less: always as many, so that a picture depends
 on no other request."""
-REFINED = "refine_rounds"
-"""An entry of bundle.json, and a fact of the codes' manifest: `encode.refine_rounds`, left out where it is 0."""
 DIGESTS = "digests.json"
 """SHA-256 of every other file of a bundle, and once more of the whole folder that a version is registered with."""
 _LEFT_BY_MLFLOW = "registered_model_meta"

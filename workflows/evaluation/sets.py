@@ -20,11 +20,11 @@ from hvqd_model.randomness import derive_key, uniform
 from infra.errors import InputError
 from infra.storage import Store
 from workflows.artifacts import Manifest, check_files
-from workflows.config import SamplingSettings
+from workflows.config import REFINED, SamplingSettings
 from workflows.context import Context
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.data.splits import SPLITS
-from workflows.drawing.bundle import REFINED, LoadedBundle
+from workflows.drawing.bundle import LoadedBundle
 from workflows.drawing.generate import Pictures, decode_codes, draw_images
 from workflows.encode import encode_batches
 from workflows.evaluation.features import FeatureExtractor

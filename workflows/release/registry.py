@@ -22,10 +22,9 @@ from infra.storage import Store
 from infra.tracking import Tracker
 from infra.versions import source_commit
 from workflows.artifacts import Manifest, check_files, find_manifest, read_manifest, write_manifest
-from workflows.config import RunConfig
+from workflows.config import REFINED, RunConfig
 from workflows.context import Context
 from workflows.drawing.bundle import (
-    REFINED,
     LoadedBundle,
     bundle_digest,
     bundle_problems,
