@@ -90,8 +90,9 @@ class VQArchitecture(Settings):
     """Codes in each level's codebook."""
     code_dim: OneOrEach[Count] = 64
     """Dimensions of a code vector, one number or one a level; quantizer fsq takes its own (see fsq_steps)."""
-    hierarchy: Literal["features", "residual", "nested"] = "features"
-    """How levels depend on each other: VQ-VAE-2 features, residual over scales (VAR), coarse codes nested in fine."""
+    hierarchy: Literal["features", "residual", "nested", "pyramid"] = "features"
+    """How levels depend on each other: VQ-VAE-2 features, residual over scales (VAR), coarse codes nested in fine, or a
+    pyramid, in which a level codes the picture that the coarser ones leave over by linear transforms."""
     quantizer: OneOrEach[QuantizerKind] = "ema"
     """How a codebook learns, one kind or one a level: ema, gradient, simvq, or fsq (a fixed grid, no codebook)."""
     fsq_steps: tuple[tuple[int, ...], ...] = ()
@@ -119,6 +120,8 @@ class VQArchitecture(Settings):
     """Self-attention at the coarsest grid of the decoder."""
     pixel_loss: Literal["l1", "l2", "l1+l2"] = "l2"
     """Reconstruction loss, in pixels."""
+    rate_weight: float = Field(0.0, ge=0)
+    """Quantizer fsq: weight in the loss of the bits a pixel that the codes would cost under a simple entropy coder."""
     ssim_weight: float = Field(0.0, ge=0)
     """Weight of 1 - SSIM in the loss."""
     padding: Literal["refuse", "edge"] = "refuse"
@@ -225,6 +228,27 @@ class VQArchitecture(Settings):
                 f"code_dim and none can be fsq: {list(self.code_dims)}, {list(self.quantizers)}\n"
                 "hint: set hierarchy=features or hierarchy=nested"
             )
+        if self.rate_weight and "fsq" not in self.quantizers:
+            raise ValueError(
+                f"rate_weight must be 0 without a level of quantizer fsq, whose steps it spares: {self.rate_weight}\n"
+                "hint: set quantizer=fsq, or leave rate_weight out"
+            )
+        if self.hierarchy == "pyramid":
+            self._check_pyramid()
+
+    def _check_pyramid(self) -> None:
+        if self.l2_normalize:
+            raise ValueError(
+                "l2_normalize must be false with hierarchy=pyramid, whose vectors say how much a picture lacks: true\n"
+                "hint: leave l2_normalize out"
+            )
+        for level, ((rows, columns), dim) in enumerate(zip(self.cells, self.code_dims, strict=True)):
+            if dim > 3 * rows * columns:
+                raise ValueError(
+                    f"code_dim of level {level} must be at most {3 * rows * columns} with hierarchy=pyramid, the "
+                    f"numbers in a patch of {rows} x {columns} pixels: {dim}\n"
+                    f"hint: code_dim={min(16, 3 * rows * columns)}"
+                )
 
 
 class VQConfig(VQArchitecture):

@@ -8,6 +8,7 @@ Axes: N vectors, D dimensions, K codes.
 
 from __future__ import annotations
 
+import math
 from math import prod
 from typing import Any
 
@@ -22,6 +23,8 @@ from hvqd_model.config import QuantizerKind
 from hvqd_model.randomness import uniform
 
 _EPSILON = 1e-5
+DEAD_ZONE = 0.12
+"""How much nearer to the middle, in steps, a value of quantizer fsq is taken to be where bits cost something."""
 
 
 class EMAQuantizer(Quantizer):
@@ -159,25 +162,37 @@ class FSQQuantizer(Quantizer):
     """Finite scalar quantization (arXiv:2309.15505): each dimension is squashed and rounded to its own few steps.
 
     There is no codebook to learn, to restart or to collapse: the codes are the points of a fixed grid in [-1, 1]^D,
-    numbered with the first dimension fastest.
+    numbered with the first dimension fastest. Where bits cost something, the loss holds what an entropy coder would
+    spend under a Laplace distribution of learned width in each dimension (Balle et al., arXiv:1611.01704), and values
+    are rounded a little towards the middle, as coders do (Sullivan, IEEE Trans. Inf. Theory 42, 1996).
     """
 
     grid: Tensor
     steps: Tensor
     strides: Tensor
 
-    def __init__(self, *, steps: tuple[int, ...], **base: Any) -> None:
+    def __init__(self, *, steps: tuple[int, ...], bounded: bool, bit_cost: float, **base: Any) -> None:
+        """
+        Args:
+            steps: of each dimension; they multiply to the number of codes.
+            bounded: whether vectors are in [-1, 1] already but for a few, which are clipped; others are squashed.
+            bit_cost: what a bit of a vector's code costs in the loss.
+            base: of every quantizer.
+        """
         super().__init__(**base)
         if prod(steps) != self.codes or len(steps) != self.dim:
             raise ValueError(
                 f"the {self.dim} fsq_steps must multiply to the codebook size ({self.codes}): {list(steps)}\n"
                 "hint: fsq_steps=[8,8,4,4] makes 1024 codes"
             )
+        self.bounded, self.bit_cost = bounded, bit_cost
         sizes = torch.tensor(steps)
         self.register_buffer("steps", sizes, persistent=False)
         self.register_buffer("strides", torch.cat([torch.ones(1, dtype=torch.int64), sizes[:-1].cumprod(0)]), False)
         places = torch.arange(self.codes)[:, None] // self.strides % sizes
         self.register_buffer("grid", self._values(places), persistent=False)
+        if bit_cost:
+            self.log_width = nn.Parameter(torch.zeros(self.dim))
 
     def _values(self, places: Tensor) -> Tensor:
         """(N, D) from the (N, D) steps, 0 to the dimension's number less one."""
@@ -189,15 +204,26 @@ class FSQQuantizer(Quantizer):
         return self.grid
 
     def prepare(self, vectors: Tensor) -> Tensor:
-        """(N, D) fp32 vectors squashed into (-1, 1)."""
-        return torch.tanh(vectors.float())
+        """(N, D) fp32 vectors, within [-1, 1]."""
+        return vectors.float().clamp(-1, 1) if self.bounded else torch.tanh(vectors.float())
 
     def _nearest(self, z: Tensor) -> Tensor:
-        places = ((z + 1) * ((self.steps - 1) / 2)).round().long().clamp_min(0)
+        middle = (self.steps - 1) / 2
+        from_middle = z * middle
+        if self.bit_cost:
+            from_middle = from_middle.sign() * (from_middle.abs() - DEAD_ZONE).clamp_min(0)
+        places = (from_middle + middle).round().long().clamp_min(0)
         return (torch.minimum(places, self.steps - 1) * self.strides).sum(1)
 
     def _alignment(self, z: Tensor, e: Tensor, counted: Tensor | None) -> Tensor:
-        return z.new_zeros(())  # nothing to align: the grid does not move, and vectors cannot leave it
+        """What the codes cost. The grid does not move, and vectors cannot leave it: there is nothing to align."""
+        if not self.bit_cost:
+            return z.new_zeros(())
+        bits = laplace_bits(z * ((self.steps - 1) / 2), self.log_width.float().exp().clamp_min(0.02)).sum(1)
+        return self.bit_cost * (bits if counted is None else bits * counted).mean()
+
+    def _sums(self, z: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+        return z.new_zeros(self.codes, 0)  # nothing is learned from them, and grids have many codes
 
     @torch.no_grad()
     def start(self, vectors: Tensor, key: int) -> None:
@@ -207,6 +233,22 @@ class FSQQuantizer(Quantizer):
     def update(self, statistics: CodebookStatistics, key: int) -> Tensor:
         """Nothing to do: nothing is learned."""
         return torch.zeros((), device=statistics.counts.device)
+
+
+def laplace_bits(distances: Tensor, widths: Tensor) -> Tensor:
+    """(N, D) bits of an interval of length 1 around each of (N, D) distances from the middle of Laplace distributions.
+
+    Args:
+        distances: in units of the interval.
+        widths: (D,) mean distances from the middle, above 0.
+    """
+    far = distances.abs()
+    half = 0.5 / widths
+    tail = far / widths - half - torch.log(-torch.expm1(-2 * half)) + math.log(2)
+    near = torch.minimum(far, far.new_tensor(0.5))  # the other branch's values would overflow, and their gradient
+    share = 1 - 0.5 * (torch.exp(-half - near / widths) + torch.exp(-half + near / widths))
+    inside = -torch.log(share.clamp_min(torch.finfo(share.dtype).tiny))
+    return torch.where(far < 0.5, inside, tail) / math.log(2)
 
 
 def make_quantizer(
@@ -220,11 +262,15 @@ def make_quantizer(
     decay: float = 0.99,
     restart_threshold: float = 0.05,
     steps: tuple[int, ...] = (),
+    bounded: bool = False,
+    bit_cost: float = 0.0,
 ) -> Quantizer:
     """A quantizer of the named kind with `codes` codes of `dim` dimensions.
 
     Args:
         steps: of quantizer fsq, one a dimension; they multiply to `codes`.
+        bounded: quantizer fsq: whether vectors are in [-1, 1] already.
+        bit_cost: quantizer fsq: what a bit of a vector's code costs in the loss.
 
     Raises:
         ValueError: no such kind, or steps that do not multiply to `codes`.
@@ -238,5 +284,5 @@ def make_quantizer(
         case "simvq":
             return SimVQQuantizer(**base)
         case "fsq":
-            return FSQQuantizer(steps=steps, **base)
+            return FSQQuantizer(steps=steps, bounded=bounded, bit_cost=bit_cost, **base)
     raise ValueError(f"quantizer must be ema, gradient, simvq or fsq: {kind}\nhint: set quantizer=ema")

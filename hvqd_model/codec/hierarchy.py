@@ -1,6 +1,6 @@
 """The hierarchical tokenizer: pictures to several levels of codes and back.
 
-Three ways for levels to depend on each other, one decoder for all:
+Four ways for levels to depend on each other, one decoder for the first three:
 
 features  top-down: the finer level quantizes its features together with what the coarser levels decode to (VQ-VAE-2,
           arXiv:1906.00446).
@@ -8,6 +8,8 @@ residual  one latent at the finest grid; each level quantizes what the coarser l
           (VAR, arXiv:2404.02905, without its shared codebook).
 nested    the finest level quantizes its own features; each coarser level is computed from the quantized finer one, so
           its codes are a function of the finer codes.
+pyramid   each level codes the picture that the coarser levels leave over, by linear transforms (`codec.pyramid`): the
+          nearest pictures for their bytes, but codes without a meaning of their own.
 
 Level dropout (training only) shows some pictures to the decoder without their finer levels, so that coarse codes mean
 something by themselves and every prefix decodes.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ from hvqd_model.codec.codebooks import make_quantizer
 from hvqd_model.codec.decoder import Decoder
 from hvqd_model.codec.encoder import Encoder, factors, ratio, shrink, stage_cells, stage_channels
 from hvqd_model.codec.losses import pixel_loss, ssim
+from hvqd_model.codec.pyramid import Pyramid
 from hvqd_model.codec.quantizer import CodebookStatistics, Quantized, Quantizer
 from hvqd_model.codec.refinement import refine
 from hvqd_model.config import VQConfig
@@ -60,19 +64,12 @@ class HierarchicalVQ(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        channels = dict(zip(stage_cells(config), stage_channels(config), strict=True))
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        dims = config.code_dims
-        widths = [channels[cell] for cell in config.cells]
-        match config.hierarchy:
-            case "features":
-                inputs = [widths[0], *(2 * width for width in widths[1:])]
-            case "nested" | "residual":
-                inputs = [*dims[1:], widths[-1]]
-        self.projections = nn.ModuleList(
-            self._projection(level, count, dim) for level, (count, dim) in enumerate(zip(inputs, dims, strict=True))
-        )
+        if config.hierarchy == "pyramid":
+            self.pyramid = Pyramid(config)
+        else:
+            self.encoder = Encoder(config)
+            self.decoder = Decoder(config)
+            self.projections = self._projections()
         self.quantizers = nn.ModuleList(
             make_quantizer(
                 kind,
@@ -83,11 +80,27 @@ class HierarchicalVQ(nn.Module):
                 normalize=config.l2_normalize,
                 decay=config.codebook_decay,
                 restart_threshold=config.restart_threshold,
-                steps=steps,
+                steps=config.steps[level],
+                bounded=config.hierarchy == "pyramid",
+                bit_cost=config.rate_weight * prod(config.grids[level]) / prod(config.image_size),
             )
-            for kind, codes, dim, steps in zip(
-                config.quantizers, config.codebook_sizes, dims, config.steps, strict=True
+            for level, (kind, codes, dim) in enumerate(
+                zip(config.quantizers, config.codebook_sizes, config.code_dims, strict=True)
             )
+        )
+
+    def _projections(self) -> nn.ModuleList:
+        """From each level's input to its vectors before quantization."""
+        config = self.config
+        channels = dict(zip(stage_cells(config), stage_channels(config), strict=True))
+        widths = [channels[cell] for cell in config.cells]
+        if config.hierarchy == "features":
+            inputs = [widths[0], *(2 * width for width in widths[1:])]
+        else:
+            inputs = [*config.code_dims[1:], widths[-1]]
+        return nn.ModuleList(
+            self._projection(level, count, dim)
+            for level, (count, dim) in enumerate(zip(inputs, config.code_dims, strict=True))
         )
 
     def _projection(self, level: int, channels: int, dim: int) -> nn.Module:
@@ -151,8 +164,10 @@ class HierarchicalVQ(nn.Module):
         Args:
             keys: (B,) the pictures' keys; None when nothing is to be learned from them.
             kept: (B,) how many levels the decoder sees; None for all.
-            decode: whether the decoder's finest features, the second result, are wanted.
+            decode: whether the second result, what `_finish` makes pictures of, is wanted.
         """
+        if self.config.hierarchy == "pyramid":
+            return self._down_the_pyramid(images, keys, kept)
         features = self.encoder(self._padded(images))
         if self.config.hierarchy == "features":
             quantized: list[Quantized] = []
@@ -173,6 +188,22 @@ class HierarchicalVQ(nn.Module):
             return quantized, images
         grids = [self._to_grid(level.values, index) for index, level in enumerate(quantized)]
         return quantized, self._decode_levels(len(images), self.config.levels, lambda level, _: grids[level], kept)
+
+    def _down_the_pyramid(
+        self, images: Tensor, keys: Tensor | None, kept: Tensor | None
+    ) -> tuple[list[Quantized], Tensor]:
+        """Quantize every level of a pyramid, and add up the levels that each picture is to be decoded from."""
+        quantized: list[Quantized] = []
+        rest = self._padded(images).float()
+        shown = torch.zeros_like(rest)
+        for level in range(self.config.levels):
+            quantized.append(self._quantize(level, self.pyramid.analyse(level, rest), keys))
+            added = self.pyramid.synthesise(level, self._to_grid(quantized[level].values, level))
+            rest = rest - added
+            if kept is not None:
+                added = torch.where((kept > level)[:, None, None, None], added, 0.0)
+            shown = shown + added
+        return quantized, shown
 
     def _nested(self, features: list[Tensor], keys: Tensor | None) -> list[Quantized]:
         finest = self.config.levels - 1
@@ -221,6 +252,12 @@ class HierarchicalVQ(nn.Module):
             present = None if kept is None or level == 0 else kept > level
             x = self.decoder.join(x, given, present, level)
         return self.decoder.approach(x, self.config.levels)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the last layer that every pixel passes."""
+        weight: Tensor = (self.pyramid if self.config.hierarchy == "pyramid" else self.decoder).out.weight
+        return weight
 
     # ---- codebooks ----
 
@@ -324,6 +361,11 @@ class HierarchicalVQ(nn.Module):
 
     def _decode_vectors(self, vectors: Sequence[Tensor]) -> Tensor:
         """(B, 3, H, W) float32 pictures from (B, D, h, w) code vectors of any prefix of the levels."""
+        if self.config.hierarchy == "pyramid":
+            shown = torch.zeros(len(vectors[0]), 3, *self.config.padded_size, device=vectors[0].device)
+            for level, found in enumerate(vectors):
+                shown = shown + self.pyramid.synthesise(level, found)
+            return self._finish(shown)
         return self._finish(self._decode_levels(len(vectors[0]), len(vectors), lambda level, _: vectors[level]))
 
     def _padded(self, images: Tensor) -> Tensor:
@@ -333,9 +375,9 @@ class HierarchicalVQ(nn.Module):
         return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
     def _finish(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) pictures without padding, from the decoder's finest features."""
+        """(B, 3, H, W) pictures without padding, from the decoder's finest features or a pyramid's sum."""
         height, width = self.config.image_size
-        pictures = self.decoder.finish(x)
+        pictures = self.pyramid.finish(x) if self.config.hierarchy == "pyramid" else self.decoder.finish(x)
         return pictures if pictures.shape[2:] == (height, width) else pictures[..., :height, :width]
 
     def _check_images(self, images: Tensor) -> None:

@@ -36,7 +36,7 @@ class CodebookStatistics:
     counts: Tensor
     """(K,) fp32 vectors assigned to each code."""
     sums: Tensor
-    """(K, D) fp32 sums of the vectors assigned to each code."""
+    """(K, D) fp32 sums of the vectors assigned to each code; (K, 0) for a codebook that does not learn."""
     candidates: Tensor
     """(R, D) fp32 vectors, those of lowest priority first."""
     candidate_priorities: Tensor
@@ -151,22 +151,24 @@ class Quantizer(nn.Module, ABC):
         return loss + distance(e, z.detach()) if self.codebook_learns_by_gradient else loss
 
     def _statistics(self, z: Tensor, indices: Tensor, keys: Tensor, counted: Tensor | None) -> CodebookStatistics:
-        if counted is None:
-            counts = torch.bincount(indices, minlength=self.codes).float()
-            sums = torch.zeros(self.codes, self.dim, device=z.device).index_add_(0, indices, z)
-        else:
-            weights = counted.float()
-            counts = torch.bincount(indices, weights, minlength=self.codes).float()
-            sums = torch.zeros(self.codes, self.dim, device=z.device).index_add_(0, indices, z * weights[:, None])
+        weights = None if counted is None else counted.float()
+        counts = torch.bincount(indices, weights, minlength=self.codes).float()
+        sums = self._sums(z, indices, weights)
+        if counted is not None:
             keys = torch.where(counted, keys, NOBODY)
         priorities, order = torch.topk(keys, min(CANDIDATES, len(keys)), largest=False, sorted=True)
         return CodebookStatistics(counts, sums, z[order], priorities)
+
+    def _sums(self, z: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
+        """(K, D) fp32 sums of the vectors assigned to each code."""
+        weighted = z if weights is None else z * weights[:, None]
+        return torch.zeros(self.codes, self.dim, device=z.device).index_add_(0, indices, weighted)
 
     def _no_statistics(self, z: Tensor) -> CodebookStatistics:
         device = z.device
         return CodebookStatistics(
             torch.zeros(self.codes, device=device),
-            torch.zeros(self.codes, self.dim, device=device),
+            self._sums(z[:0], torch.zeros(0, dtype=torch.int64, device=device), None),
             torch.zeros(0, self.dim, device=device),
             torch.zeros(0, dtype=torch.int64, device=device),
         )

@@ -10,6 +10,7 @@ Axes: N symbols, K codes.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,12 @@ class Table:
     @classmethod
     def counted(cls, codes: Array, size: int) -> Table:
         """The table of codes seen in training; each of `size` codes counts half a time more than it was seen."""
-        seen = np.bincount(codes.ravel(), minlength=size) + 0.5
+        return cls.weighted(np.bincount(codes.ravel(), minlength=size) + 0.5)
+
+    @classmethod
+    def weighted(cls, seen: Array) -> Table:
+        """The table of (K,) weights, above 0."""
+        size = len(seen)
         spare = (1 << PRECISION) - size
         exact = seen / seen.sum() * spare
         frequencies = np.floor(exact).astype(np.int64)
@@ -73,16 +79,24 @@ def encode(symbols: Sequence[tuple[int, Table]]) -> bytes:
         count += 1
 
 
+class Reader:
+    """The codes that `encode` was given, one after the other; each table may depend on the codes before."""
+
+    def __init__(self, content: bytes) -> None:
+        self._value, self._length = int.from_bytes(content, "big"), 8 * len(content)
+        self._low, self._width, self._precision = 0, 1, 0
+
+    def take(self, table: Table) -> int:
+        """The next code."""
+        self._precision += PRECISION
+        place = (((self._value << self._precision) >> self._length) - (self._low << PRECISION)) // self._width
+        code = bisect_right(table.starts, place) - 1
+        self._low = (self._low << PRECISION) + self._width * table.starts[code]
+        self._width *= table.frequencies[code]
+        return code
+
+
 def decode(content: bytes, tables: Sequence[Table]) -> list[int]:
     """The codes that `encode` was given, from its bytes and the tables of its symbols."""
-    value = int.from_bytes(content, "big")
-    low, width, precision = 0, 1, 0
-    codes = []
-    for table in tables:
-        precision += PRECISION
-        place = (((value << precision) >> 8 * len(content)) - (low << PRECISION)) // width
-        code = int(np.searchsorted(table.starts, place, side="right")) - 1
-        codes.append(code)
-        low = (low << PRECISION) + width * table.starts[code]
-        width *= table.frequencies[code]
-    return codes
+    reader = Reader(content)
+    return [reader.take(table) for table in tables]

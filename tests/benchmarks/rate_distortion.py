@@ -9,6 +9,8 @@ project's codes coded by a real entropy coder with tables counted on the trainin
 from __future__ import annotations
 
 import io
+import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from coding import Table, decode, encode, size_for_bits
+from coding import size_for_bits
+from digit_coder import DigitCoder
 from peer_quantizers import PeerVQ
 from picture_sets import PictureSet, emoji, photographs, subset
 from PIL import Image
@@ -63,12 +66,10 @@ WEBP_CONTAINER = 20
 """Bytes of a file before the picture's own data: RIFF header and chunk header."""
 WEBP_FRAME = 10
 """Bytes of the picture's data that say what is known here: frame tag, start code, width and height."""
-CURVE: dict[str, dict[str, Any]] = {
-    "low": {"strides": [16, 8], "codebook_sizes": [1024, 1024], "width_multipliers": [1, 3, 4, 4]},
-    "middle": {"strides": [8, 4], "codebook_sizes": [1024, 32]},
-    "high": {"strides": [8, 4], "codebook_sizes": [1024, 1024]},
-}
-"""Tokenizers of 64 x 64 photographs at .2, .47 and .78 bits a pixel before entropy coding."""
+STEPS = ((81, 25, 25, 5), (15, 15, 9, 9, 7, 7), (9, 9, 7, 7, 5, 5, 3), (5, 5, 5, 5, *(3,) * 6), (3,) * 12)
+"""Of the tokenizer that is compared with WebP: a pyramid of five levels of quantizer fsq, all on the grid of 8 x 8."""
+CURVE = {"low": 0.02, "middle": 0.006, "high": 0.0025}
+"""What a bit a pixel costs in its loss."""
 
 
 @dataclass(frozen=True)
@@ -210,19 +211,17 @@ def webp(picture: Array, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def coded_bytes(model: HierarchicalVQ, train: CodeTable, held_out: CodeTable) -> Array:
-    """(N,) bytes of each held-out picture's codes, which are decoded again to be sure."""
-    sizes = model.config.codebook_sizes
-    tables = [Table.counted(codes, size) for codes, size in zip(train.codes, sizes, strict=True)]
-    found = []
-    for row in range(len(held_out)):
-        levels = [codes[row].ravel().tolist() for codes in held_out.codes]
-        symbols = [(code, table) for codes, table in zip(levels, tables, strict=True) for code in codes]
-        content = encode(symbols)
-        if decode(content, [table for _, table in symbols]) != [code for code, _ in symbols]:
-            raise RuntimeError(f"picture {row}: the entropy coder does not give the codes back")
-        found.append(len(content))
-    return np.array(found)
+def coded_bytes(model: HierarchicalVQ, train: CodeTable, held_out: CodeTable) -> float:
+    """The mean bytes of a held-out picture's codes, which are decoded again to be sure.
+
+    Raises:
+        RuntimeError: the decoder gives other codes.
+    """
+    coder = DigitCoder.counted(train.codes, model.config.steps)
+    contents = coder.encode(held_out.codes)
+    if any((a != b).any() for a, b in zip(coder.decode(contents), held_out.codes, strict=True)):
+        raise RuntimeError("the entropy coder does not give the codes back")
+    return float(np.mean([len(content) for content in contents]))
 
 
 def rounded(pictures: Tensor) -> Tensor:
@@ -242,29 +241,42 @@ def compare_webp(path: Path, quick: bool, seed: int) -> Figures:
     for quality, count, found in zip(WEBP_QUALITIES, size, decibels, strict=True):
         if 0.1 <= 8 * count / pixels <= 1.2:
             figures |= {f"webp_bpp_quality_{quality}": 8 * count / pixels, f"webp_psnr_quality_{quality}": found}
-    for name, changes in CURVE.items():
-        settings = [f"vq.model.{key}={value}" for key, value in {"hierarchy": "features", **changes}.items()]
-        config = configured("tiny", ["data.image_size=[64,64]", *settings], seed)
+    for name, weight in CURVE.items():
+        config = configured("tiny", ["data.image_size=[64,64]", *pyramid(weight)], seed)
         speed = images_per_second({name: tokenizer_trial(config, pictures.train)}, 1 if quick else TURNS)[name]
         trial = tokenizer_trial(config, pictures.train)
-        run(trial, affordable(speed, QUICK_SECONDS if quick else SECONDS["webp"], config.vq.train))
-        seen = encoded(trial.model, counted)
-        for kind, rounds in (("", 0), ("_refined", ROUNDS)):
-            codes = encoded(trial.model, pictures.held_out, rounds)
-            coded = float(coded_bytes(trial.model, seen, codes).mean())
-            ours = mean_psnr(rounded(decoded(trial.model, codes)), pictures.held_out)
-            figures |= {
-                f"photos_bpp_{name}{kind}": 8 * coded / pixels,
-                f"photos_psnr_{name}{kind}": ours,
-                f"photos_lead_on_webp_db_{name}{kind}": ours - float(np.interp(coded, size, decibels)),
-                f"photos_lead_on_webp_without_container_db_{name}{kind}": ours
-                - float(np.interp(coded, size - WEBP_CONTAINER - WEBP_FRAME, decibels)),
-            }
+        images = affordable(speed, QUICK_SECONDS if quick else SECONDS["webp"], config.vq.train)
+        run(trial, images)
+        codes = encoded(trial.model, pictures.held_out)
+        coded = coded_bytes(trial.model, encoded(trial.model, counted), codes)
+        ours = mean_psnr(rounded(decoded(trial.model, codes)), pictures.held_out)
+        figures |= {
+            f"photos_bpp_{name}": 8 * coded / pixels,
+            f"photos_psnr_{name}": ours,
+            f"photos_lead_on_webp_db_{name}": ours - float(np.interp(coded, size, decibels)),
+            f"photos_lead_on_webp_without_container_db_{name}": ours
+            - float(np.interp(coded, size - WEBP_CONTAINER - WEBP_FRAME, decibels)),
+            f"photos_images_{name}": images,
+        }
+    asked = [name for name in CURVE if figures[f"photos_bpp_{name}"] <= 0.5]
     for lead in ("photos_lead_on_webp_db", "photos_lead_on_webp_without_container_db"):
-        for kind in ("", "_refined"):
-            asked = [name for name in CURVE if figures[f"photos_bpp_{name}{kind}"] <= 0.5]
-            figures[f"{lead}{kind}"] = min(figures[f"{lead}_{name}{kind}"] for name in asked)
+        figures[lead] = min((figures[f"{lead}_{name}"] for name in asked), default=math.nan)
     return figures
+
+
+def pyramid(rate_weight: float) -> list[str]:
+    """The settings of the tokenizer that is compared with WebP."""
+    model: dict[str, Any] = {
+        "hierarchy": "pyramid",
+        "strides": [8] * len(STEPS),
+        "quantizer": "fsq",
+        "fsq_steps": [list(steps) for steps in STEPS],
+        "codebook_sizes": [math.prod(steps) for steps in STEPS],
+        "rate_weight": rate_weight,
+        "level_dropout": 0.0,
+        "width": 48,
+    }
+    return [f"vq.model.{name}={json.dumps(value)}" for name, value in model.items()]
 
 
 def decoded(model: HierarchicalVQ, table: CodeTable) -> Tensor:
@@ -290,8 +302,9 @@ BENCHMARK = Benchmark(
         "better of ours over the better of theirs, by the encoder alone and with two rounds of refinement "
         "(`encode.refine_rounds`), "
         f"which ours alone offers; what it adds is measured on {REFINED} pictures, also for the peer's one level in "
-        "our tokenizer. Against WebP: three tokenizers and as many pictures of one fold, their codes coded by an "
-        "entropy coder with tables counted on the training pictures (and decoded again), pixels rounded to 8 bits; "
+        "our tokenizer. Against WebP: a pyramid of quantizer fsq trained at three weights of its bits, on as many "
+        "pictures of one fold, its codes coded by an entropy coder with tables counted on the training pictures, digit "
+        "by digit by what is around (and decoded again), pixels rounded to 8 bits; "
         "WebP at its best effort, its PSNR between qualities interpolated at the same bytes. Its container and frame "
         "header, 30 bytes, are counted and also left out. `lead` is the smallest at up to .5 bits a pixel. Seconds of "
         "training a "
@@ -303,8 +316,8 @@ BENCHMARK = Benchmark(
     targets=(
         Target("emoji_gain_db_refined", ">=", 0.7),
         Target("photos_gain_db_refined", ">=", 0.7),
-        Target("photos_lead_on_webp_db_refined", ">=", 0.0),
-        Target("photos_lead_on_webp_without_container_db_refined", ">=", 0.0),
+        Target("photos_lead_on_webp_db", ">=", 0.0),
+        Target("photos_lead_on_webp_without_container_db", ">=", 0.0),
     ),
 )
 

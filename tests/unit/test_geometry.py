@@ -11,7 +11,7 @@ from hvqd_model.codec.encoder import Cell, Encoder, fold, stage_cells, unfold
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.config import VQConfig
 
-HIERARCHIES = ("features", "residual", "nested")
+HIERARCHIES = ("features", "residual", "nested", "pyramid")
 SHAPES: list[tuple[dict[str, object], list[Cell]]] = [
     ({"strides": (8, 4), "image_size": (16, 24)}, [(2, 2), (4, 4), (8, 8)]),
     ({"strides": (12, 3), "image_size": (24, 12)}, [(3, 3), (6, 6), (12, 12)]),
@@ -27,7 +27,7 @@ SHAPES: list[tuple[dict[str, object], list[Cell]]] = [
 
 
 def config_of(changes: dict[str, object], **more: object) -> VQConfig:
-    base: dict[str, object] = {"codebook_sizes": (6, 7), "code_dim": 4, "width": 8, "width_multipliers": (1, 2)}
+    base: dict[str, object] = {"codebook_sizes": (6, 7), "code_dim": 3, "width": 8, "width_multipliers": (1, 2)}
     return VQConfig.model_validate(base | changes | more)
 
 

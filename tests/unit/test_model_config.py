@@ -222,7 +222,7 @@ def test_numbers_out_of_bounds_are_refused(kind: type[Settings], name: str, valu
 @pytest.mark.parametrize(
     ("kind", "name", "allowed"),
     [
-        (VQArchitecture, "hierarchy", "'features', 'residual' or 'nested'"),
+        (VQArchitecture, "hierarchy", "'features', 'residual', 'nested' or 'pyramid'"),
         (VQArchitecture, "quantizer", "'ema', 'gradient', 'simvq' or 'fsq'"),
         (VQArchitecture, "estimator", "'straight-through' or 'rotation'"),
         (VQArchitecture, "pixel_loss", "'l1', 'l2' or 'l1+l2'"),
@@ -271,4 +271,4 @@ def test_every_setting_is_documented() -> None:
         for name, field in kind.model_fields.items():
             assert field.description, f"{kind.__name__}.{name}"
             documented += 1
-    assert documented == 20 + 26 + 4
+    assert documented == 21 + 26 + 4

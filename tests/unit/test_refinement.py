@@ -132,6 +132,7 @@ CASES: dict[str, dict[str, object]] = {
     "features": {},
     "residual": {"hierarchy": "residual"},
     "nested": {"hierarchy": "nested"},
+    "pyramid": {"hierarchy": "pyramid"},
     "fsq": {"quantizer": "fsq", "codebook_sizes": (8, 27), "code_dim": 3},
     "simvq": {"quantizer": "simvq"},
     "unit sphere": {"l2_normalize": True},

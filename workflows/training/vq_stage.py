@@ -50,7 +50,7 @@ class VQObjective(nn.Module):
                 if self.judges.features is not None:
                     metrics["perceptual"] = self.judges.distance(output.reconstruction, images)
                 return ObjectiveOutput(output.loss, metrics, output.statistics, output.vectors, prefixes=prefixes)
-            verdict = self.judges.judge(images, output, self.model.decoder.out.weight)
+            verdict = self.judges.judge(images, output, self.model.last_weight)
         metrics = output.metrics | verdict.metrics
         return ObjectiveOutput(verdict.loss, metrics, output.statistics, output.vectors, verdict.evidence)
 

@@ -1,0 +1,132 @@
+"""A pyramid of pictures: each level codes, patch by patch, the picture that the coarser levels leave over.
+
+What a level sees and adds are overlapping linear transforms, as in the Laplacian pyramid (Burt and Adelson, IEEE Trans.
+Comm. 31, 1983) and in transform coders. They start as discrete cosine transforms, so nothing has to be learned before
+pictures of any colour come through, and codes of smooth patches are zero, which costs an entropy coder next to nothing.
+Small convolutions clean the sum.
+
+Axes: B pictures, L levels of h x w cells, D dimensions of a code; a cell is r rows by c columns of pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvqd_model.codec.encoder import Cell, blocks, fold, unfold
+from hvqd_model.config import VQConfig
+
+STEP = 0.6
+"""At the start, how far apart neighbouring steps of quantizer fsq are, as a coefficient of pictures in [-1, 1]."""
+COLOURS = ((0.577, 0.577, 0.577), (-0.408, -0.408, 0.816), (0.707, -0.707, 0.0))
+"""Brightness, blue and red against it; orthonormal."""
+_COLOUR_COST = 2.2
+"""How much sooner the transform of a colour difference ends than that of brightness."""
+
+
+class Pyramid(nn.Module):
+    """The transforms of all levels, and the convolutions that finish a picture."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        transforms = []
+        for level, (cell, dim) in enumerate(zip(config.cells, config.code_dims, strict=True)):
+            first = sum(d for before, d in zip(config.cells[:level], config.code_dims, strict=False) if before == cell)
+            transforms.append(PatchTransform(cell, dim, first, config.steps[level]))
+        self.transforms = nn.ModuleList(transforms)
+        self.cell: Cell = (2 - config.padded_size[0] % 2, 2 - config.padded_size[1] % 2)
+        pixels = 3 * prod(self.cell)
+        self.stem = nn.Conv2d(pixels, config.width, 3, padding=1)
+        self.stage = blocks(config.blocks, config.width)
+        self.out = nn.Conv2d(config.width, pixels, 3, padding=1)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
+
+    def analyse(self, level: int, rest: Tensor) -> Tensor:
+        """(B, D, h, w) what a level sees of the (B, 3, H, W) picture that is left to code."""
+        seen: Tensor = self.transforms[level](rest)
+        return seen
+
+    def synthesise(self, level: int, vectors: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 what a level's (B, D, h, w) code vectors add to the picture."""
+        added: Tensor = self.transforms[level](vectors, inverse=True)
+        return added
+
+    def finish(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 from the sum of what the levels add."""
+        x = fold(pictures, self.cell).to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
+        y = self.out(F.silu(self.stage(self.stem(x))))
+        return pictures + unfold(y.float(), self.cell)
+
+
+class PatchTransform(nn.Module):
+    """A linear transform of overlapping patches, a cell and half of its neighbours each, and one back."""
+
+    def __init__(self, cell: Cell, dim: int, first: int, steps: tuple[int, ...]) -> None:
+        """
+        Args:
+            cell: rows and columns of pixels.
+            dim: coefficients.
+            first: how many of the cell's coefficients other levels have already; they are in order of frequency.
+            steps: of quantizer fsq in each dimension; empty for other kinds.
+        """
+        super().__init__()
+        self.cell, self.overlap = cell, (cell[0] // 2, cell[1] // 2)
+        self.unit = math.sqrt(prod(cell))
+        rows, columns = self.overlap
+        # In units that make the entries about 1, as the optimizer's steps are.
+        kernels = F.pad(cosines(cell, dim, first) * self.unit, (columns, columns, rows, rows))
+        self.analysis = nn.Parameter(kernels.clone())
+        self.synthesis = nn.Parameter(kernels.clone())
+        if steps:
+            gain = 2 / (STEP * (torch.tensor(steps, dtype=torch.float32) - 1))
+        else:
+            gain = torch.full((dim,), 1 / self.unit)
+        self.log_gain = nn.Parameter(gain.log())
+
+    def forward(self, x: Tensor, inverse: bool = False) -> Tensor:
+        """(B, D, h, w) coefficients of (B, 3, H, W) pictures, or back, in float32."""
+        gain = self.log_gain.float().exp()[:, None, None, None]
+        if inverse:
+            kernels = self.synthesis / (gain * self.unit).to(self.synthesis.dtype)
+            return F.conv_transpose2d(x.to(kernels.dtype), kernels, stride=self.cell, padding=self.overlap).float()
+        rows, columns = self.overlap
+        kernels = self.analysis * (gain / self.unit).to(self.analysis.dtype)
+        around = F.pad(x, (columns, columns, rows, rows), mode="replicate")
+        return F.conv2d(around.to(kernels.dtype), kernels, stride=self.cell).float()
+
+
+def cosines(cell: Cell, dim: int, first: int = 0) -> Tensor:
+    """(D, 3, r, c) float32: orthonormal products of a colour and two cosines, from coarse to fine.
+
+    Args:
+        cell: r rows and c columns.
+        dim: D, at most 3 r c.
+        first: where to begin in that order; after the last comes the first again.
+    """
+    rows, columns = cell
+    places = [
+        ((_COLOUR_COST if colour else 1.0) * math.hypot(row / rows, column / columns) + (0.1 if colour else 0.0), key)
+        for key in range(3 * rows * columns)
+        for colour, row, column in [(key // (rows * columns), key // columns % rows, key % columns)]
+    ]
+    order = [key for _, key in sorted(places)]
+    chosen = torch.tensor([order[(first + index) % len(order)] for index in range(dim)])
+    colours = torch.tensor(COLOURS, dtype=torch.float64)
+    colours = colours / colours.norm(dim=1, keepdim=True)
+    down, across = _cosine_transform(rows), _cosine_transform(columns)
+    of_colour, of_row, of_column = chosen // (rows * columns), chosen // columns % rows, chosen % columns
+    found = torch.einsum("dk,dr,dc->dkrc", colours[of_colour], down[of_row], across[of_column])
+    return found.float()
+
+
+def _cosine_transform(side: int) -> Tensor:
+    """(n, n) float64: the orthonormal DCT-II, a frequency a row."""
+    places = torch.arange(side, dtype=torch.float64)
+    waves = torch.cos(math.pi * (2 * places + 1) * places[:, None] / (2 * side)) * math.sqrt(2 / side)
+    waves[0] /= math.sqrt(2)
+    return waves
