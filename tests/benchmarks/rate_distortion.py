@@ -50,7 +50,7 @@ Array = np.ndarray[Any, Any]
 
 BITS = 800.0
 """An image's codes."""
-SECONDS = {"emoji": 120.0, "photos": 120.0, "webp": 150.0}
+SECONDS = {"emoji": 120.0, "photos": 120.0, "webp": 240.0}
 """Of training, each tokenizer."""
 QUICK_SECONDS = 6.0
 ROUNDS = 2
@@ -276,7 +276,7 @@ def pyramid(rate_weight: float) -> list[str]:
         "level_dropout": 0.0,
         "width": 48,
     }
-    return [f"vq.model.{name}={json.dumps(value)}" for name, value in model.items()]
+    return ["vq.train.learning_rate=0.006", *(f"vq.model.{name}={json.dumps(value)}" for name, value in model.items())]
 
 
 def decoded(model: HierarchicalVQ, table: CodeTable) -> Tensor:

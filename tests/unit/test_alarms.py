@@ -264,10 +264,23 @@ def remedy(log: dict[str, float], evaluation: dict[str, float] | None = None, **
         ({"quantizer": "simvq"}, "vq.model.l2_normalize=true"),
         ({"l2_normalize": True}, "vq.model.codebook_sizes=[64,64]"),
         ({"quantizer": "fsq"}, "vq.model.codebook_sizes=[64,64]"),
+        ({"hierarchy": "pyramid", "code_dim": 8}, "vq.model.codebook_sizes=[64,64]"),
     ],
 )
 def test_the_remedy_for_a_collapse_fits_the_quantizer(architecture: dict[str, Any], expected: str) -> None:
     assert remedy({"usage_1": 0.01}, **architecture).startswith(expected)
+
+
+def test_a_pyramid_is_never_told_to_normalize_its_vectors() -> None:
+    pyramid = {"hierarchy": "pyramid", "code_dim": 8}
+    assert remedy({"codebook_norm_1": 30.0}, **pyramid) == "vq.train.learning_rate=0.0005"
+
+
+def test_levels_whose_bits_have_a_price_may_use_few_codes() -> None:
+    few = history({"usage_1": 0.01, "alignment_1": 5.0})
+    free = VQConfig(**(MODEL.model_dump() | {"quantizer": "fsq"}))
+    assert {alarm.name for alarm in heard(few, model=free)} == {"codebook collapse", "exploding alignment"}
+    assert heard(few, model=free.model_copy(update={"rate_weight": 0.01})) == []
 
 
 def test_the_remedy_for_a_coarse_level_without_content_is_level_dropout() -> None:

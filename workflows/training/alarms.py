@@ -14,6 +14,9 @@ exploding gradients     the gradient's norm is GROWTH_OF_GRADIENTS times its med
                         or is no number
 adversary switched off  its guard sent it away (see `adversary`); said at once, for it happens once
 
+Levels whose bits have a price (`rate_weight`) are to use few codes, and their loss is no distance: of them, neither use
+nor alignment is an alarm.
+
 Codebooks are looked at from SETTLING of the budget after their start, what levels hold from MATURITY of the budget
 after it: until then there is little to be seen anywhere.
 """
@@ -143,7 +146,8 @@ class Watch:
         if self.model is None or self._started is None:
             return
         for level in range(self.model.levels):
-            if f"alignment_{level}" in record and self._began(record) >= self._started:
+            aligned = f"alignment_{level}" in record and not self._priced(level)
+            if aligned and self._began(record) >= self._started:
                 yield self._alignment(level, record[f"alignment_{level}"])
         age = (record["images"] - self._started) / self.settings.images
         for level in range(self.model.levels):
@@ -154,6 +158,17 @@ class Watch:
 
     def _began(self, record: Record) -> int:
         return window_start(int(record["images"]), self.settings)
+
+    def _priced(self, level: int) -> bool:
+        """Whether the loss holds what a level's bits cost."""
+        assert self.model is not None
+        return self.model.quantizers[level] == "fsq" and self.model.rate_weight > 0
+
+    @property
+    def _may_normalize(self) -> bool:
+        """Whether the unit sphere is a remedy that is left."""
+        assert self.model is not None
+        return not self.model.l2_normalize and self.model.hierarchy != "pyramid"
 
     # ---- the signs ----
 
@@ -195,7 +210,7 @@ class Watch:
             remedy = f"vq.model.commitment={2 * self.model.commitment or 0.25:g}"
         else:
             remedy = f"vq.train.learning_rate={self.settings.learning_rate / 2:g}"
-        if not self.model.l2_normalize:
+        if self._may_normalize:
             remedy += ", or vq.model.l2_normalize=true, which keeps vectors and codes at one length"
         seen = f"alignment loss {value:.3g}, over {GROWTH:g} times the best {best:.3g}"
         return _Sign("exploding alignment", level, is_bad, seen, remedy)
@@ -203,7 +218,7 @@ class Watch:
     def _codebook(self, level: int, record: Record) -> Iterator[_Sign]:
         assert self.model is not None and self._started is not None
         name, size = "codebook collapse", self.model.codebook_sizes[level]
-        if f"usage_{level}" in record:
+        if f"usage_{level}" in record and not self._priced(level):
             images = record["images"] - max(self._began(record), self._started)
             even = _even_use(size, images * math.prod(self.model.grids[level]))
             usage = record[f"usage_{level}"]
@@ -213,7 +228,9 @@ class Watch:
             drift = record[f"codebook_drift_{level}"]
             seen = f"mean norm of the codes {1 + drift:.3g} times that of the start, outside 1/{DRIFT:g} to {DRIFT:g}"
             is_bad = not 1 / DRIFT <= 1 + drift <= DRIFT
-            remedy = "vq.model.l2_normalize=true, which keeps vectors and codes at one length"
+            remedy = f"vq.train.learning_rate={self.settings.learning_rate / 2:g}"
+            if self._may_normalize:
+                remedy = "vq.model.l2_normalize=true, which keeps vectors and codes at one length"
             yield _Sign("codebook drift", level, is_bad, seen, remedy)
 
     def _remedy_for_collapse(self, level: int) -> str:
@@ -224,7 +241,7 @@ class Watch:
             return "vq.model.quantizer=ema, which restarts dead codes, or simvq, which moves all codes together"
         if kind == "ema" and model.restart_threshold == 0:
             return "vq.model.restart_threshold=0.05, which gives dead codes fresh vectors"
-        if kind != "fsq" and not model.l2_normalize:
+        if kind != "fsq" and self._may_normalize:
             return "vq.model.l2_normalize=true with vq.model.code_dim=8"
         sizes = [max(2, size // 4) if place == level else size for place, size in enumerate(model.codebook_sizes)]
         return f"vq.model.codebook_sizes={_listed(sizes)}" + (" and vq.model.fsq_steps=[]" if model.fsq_steps else "")
