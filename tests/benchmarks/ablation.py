@@ -109,6 +109,7 @@ BENCHMARK = Benchmark(
     ),
     parts={name: partial(measure, name, variant) for name, variant in variants().items()},
     targets=(),
+    repeats=2,
 )
 
 if __name__ == "__main__":
