@@ -20,7 +20,6 @@ from hvqd_model.codec.estimators import Estimator
 from hvqd_model.codec.quantizer import NOBODY, CodebookStatistics, Quantizer
 from hvqd_model.codec.search import kmeans
 from hvqd_model.config import QuantizerKind
-from hvqd_model.randomness import uniform
 
 _EPSILON = 1e-5
 DEAD_ZONE = 0.12
@@ -122,17 +121,17 @@ class GradientQuantizer(Quantizer):
 
 
 class SimVQQuantizer(Quantizer):
-    """Codes are a learned linear map of frozen random vectors, so that every code moves with every step."""
+    """Codes are a learned linear map of frozen vectors, so that every code moves with every step.
+
+    The frozen vectors are the centres of k-means and not random ones as in the paper: random ones lie around zero, the
+    vectors elsewhere, and of a coarse level's 1,024 codes 16 were ever used.
+    """
 
     frozen: Tensor
 
     def __init__(self, **base: Any) -> None:
         super().__init__(**base)
-        items = torch.arange(self.codes)
-        gaussian = torch.sqrt(-2 * torch.log(uniform(items, (self.dim,), "radius"))) * torch.cos(
-            2 * torch.pi * uniform(items, (self.dim,), "angle")
-        )
-        self.register_buffer("frozen", (gaussian * self.dim**-0.5).float())
+        self.register_buffer("frozen", torch.zeros(self.codes, self.dim))
         self.map = nn.Parameter(torch.eye(self.dim))  # no module of its own: ZeRO-3 gathers what is called
 
     @property
@@ -148,9 +147,8 @@ class SimVQQuantizer(Quantizer):
 
     @torch.no_grad()
     def start(self, vectors: Tensor, key: int) -> None:
-        """Scale the frozen vectors to the spread of the vectors: the map is learned from there."""
-        spread = self.prepare(vectors).std() * self.dim**0.5
-        self.frozen.mul_(spread / self.frozen.norm(dim=1).mean().clamp_min(1e-12))
+        """Freeze the centres of k-means; the map begins as the identity."""
+        self.frozen.copy_(kmeans(self.prepare(vectors), self.codes, key))
         self.started.fill_(True)
 
     def update(self, statistics: CodebookStatistics, key: int) -> Tensor:

@@ -249,8 +249,13 @@ def encoded(model: HierarchicalVQ, table: ImageTable, refine_rounds: int = 0) ->
     return CodeTable(table.ids, np.full(len(table), -1), table.styles, table.groups, tuple(codes))
 
 
-def codebook_use(model: HierarchicalVQ, table: ImageTable) -> list[float]:
+def codebook_use(model: HierarchicalVQ, table: ImageTable, *, whole: bool = False) -> list[float]:
     """The share of each level's codes that occur at least once in the table's first TOKENS_A_CODE tokens a code.
+
+    Args:
+        model: the tokenizer.
+        table: the pictures.
+        whole: look at all pictures, however many more tokens they have.
 
     Raises:
         ValueError: the table has fewer.
@@ -261,7 +266,7 @@ def codebook_use(model: HierarchicalVQ, table: ImageTable) -> list[float]:
     )
     if wanted > len(table):
         raise ValueError(f"usage needs {wanted} pictures: {len(table)}\nhint: smaller codebooks, or more pictures")
-    codes = encode_batches(model, table.images[:wanted])
+    codes = encode_batches(model, table.images if whole else table.images[:wanted])
     return [len(np.unique(found)) / size for found, size in zip(codes, sizes, strict=True)]
 
 
