@@ -35,6 +35,15 @@ LARGE_CODEBOOKS: dict[str, dict[str, Any]] = {
     "simvq": {"quantizer": "simvq", "code_dim": 104},
 }
 """Codebooks that learn by gradient, with more than the 10,000 weights below which ZeRO-3 shards nothing."""
+PYRAMID: dict[str, Any] = {
+    "hierarchy": "pyramid",
+    "quantizer": "fsq",
+    "fsq_steps": ((9, 5, 5), (5, 3, 3)),
+    "codebook_sizes": (225, 45),
+    "rate_weight": 0.1,
+    "blocks": 2,
+}
+"""Levels whose bits have a price, of a learned law."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ def compared_scenes(cast: Cast) -> dict[str, Outcome]:
         ),
         # Codebooks from k-means at once, and no restarts: the gradient with the codes given.
         "vq, one step": cast.vq(1, architecture={"restart_threshold": 0.0}, codebook_start=0),
+        "pyramid, one step": cast.vq(1, architecture=PYRAMID, codebook_start=0),
         # Without codes: a code that changes for a rounding error would change everything after it.
         "vq, twenty steps": cast.vq(20, codebook_start=0.99, ema_half_life_images=40),
     }

@@ -68,7 +68,7 @@ def recorded(outcome: Outcome, name: str) -> float:
 
 
 @every_zero_stage
-@pytest.mark.parametrize("scene", ["prior, one step", "gaussian prior, one step", "vq, one step"])
+@pytest.mark.parametrize("scene", ["prior, one step", "gaussian prior, one step", "vq, one step", "pyramid, one step"])
 def test_two_halves_of_a_batch_give_the_gradient_of_the_whole(
     plain: dict[str, Outcome], ranks: list[dict[int, Facts]], zero_stage: int, scene: str
 ) -> None:
