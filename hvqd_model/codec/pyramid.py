@@ -105,7 +105,7 @@ class PatchTransform(nn.Module):
         rows, columns = self.cell
         # A side of odd length overlaps by one pixel less.
         kernels = F.pad(kernels, (0, 2 * columns - kernels.shape[3], 0, 2 * rows - kernels.shape[2]))
-        cells = kernels.unflatten(3, (2, columns)).unflatten(2, (2, rows))  # (D, 3, 2, r, 2, c)
+        cells = kernels.reshape(*kernels.shape[:2], 2, rows, 2, columns)
         return cells.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 

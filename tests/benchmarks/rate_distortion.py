@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,6 @@ from trials import (
 )
 
 from hvqd_model.codec.hierarchy import HierarchicalVQ
-from hvqd_model.config import VQConfig
 from hvqd_model.metrics import psnr
 from workflows.config import RunConfig
 from workflows.data.batches import CodeTable, ImageTable, to_input
@@ -50,17 +50,20 @@ Array = np.ndarray[Any, Any]
 
 BITS = 800.0
 """An image's codes."""
-SECONDS = {"emoji": 120.0, "photos": 120.0, "webp": 240.0}
+SECONDS = {"emoji": 90.0, "photos": 90.0, "webp": 180.0}
 """Of training, each tokenizer."""
 QUICK_SECONDS = 6.0
 ROUNDS = 2
 """Of refinement."""
-REFINED, QUICK_REFINED = 150, 12
+REFINED, QUICK_REFINED = 60, 12
 """Held-out pictures that are refined, evenly spread: each costs some hundred decodings."""
 SIDES = {"emoji": 32, "photos": 64}
 PRESETS = {"emoji": "tiny", "photos": "cpu"}
 FINEST = {"emoji": 4, "photos": 8}
 """The finest stride of all sides."""
+PYRAMID = ("vq.model.hierarchy=pyramid", "vq.model.width=48", "vq.train.learning_rate=0.003")
+NETWORKS = {"": ("vq.model.hierarchy=features",), "_pyramid": PYRAMID}
+"""What the quantizers are between, by the end of a tokenizer's name: convolutions, or a pyramid's transforms."""
 WEBP_QUALITIES = (0, 1, 2, 3, 5, 7, 10, 14, 18, 22, 27, 32, 38, 45, 52, 60, 68, 76, 84)
 WEBP_CONTAINER = 20
 """Bytes of a file before the picture's own data: RIFF header and chunk header."""
@@ -68,7 +71,7 @@ WEBP_FRAME = 10
 """Bytes of the picture's data that say what is known here: frame tag, start code, width and height."""
 STEPS = ((81, 25, 25, 5), (15, 15, 9, 9, 7, 7), (9, 9, 7, 7, 5, 5, 3), (5, 5, 5, 5, *(3,) * 6), (3,) * 12)
 """Of the tokenizer that is compared with WebP: a pyramid of five levels of quantizer fsq, all on the grid of 8 x 8."""
-CURVE = {"low": 0.02, "middle": 0.006, "high": 0.0025}
+CURVE = {"low": 0.013, "middle": 0.006, "high": 0.0025, "highest": 0.0008}
 """What a bit a pixel costs in its loss."""
 
 
@@ -76,43 +79,47 @@ CURVE = {"low": 0.02, "middle": 0.006, "high": 0.0025}
 class Arm:
     """One of the tokenizers that are compared."""
 
-    architecture: VQConfig
+    config: RunConfig
     depth: int
     """Quantizers of the peer's residual; 0 for the project's own."""
 
     @property
     def bits(self) -> float:
         """Of an image's codes."""
-        return self.architecture.bits * max(1, self.depth)
+        return self.config.vq_config.bits * max(1, self.depth)
 
-    def trial(self, config: RunConfig, pictures: ImageTable) -> VQTrial:
+    def trial(self, pictures: ImageTable) -> VQTrial:
         """Its training."""
         if not self.depth:
-            return tokenizer_trial(config, pictures, self.architecture)
-        settings = config.vq.train
+            return tokenizer_trial(self.config, pictures)
+        settings = self.config.vq.train
         batches = settings.global_batch // settings.micro_batch
         make = partial(PeerVQ, depth=self.depth, micro_batch=settings.micro_batch, batches_a_step=batches)
-        return tokenizer_trial(config, pictures, self.architecture, make)
+        return tokenizer_trial(self.config, pictures, make=make)
 
 
-def arms(config: RunConfig, finest: int) -> dict[str, Arm]:
-    """The tokenizers at BITS an image."""
+def arms(name: str, seed: int) -> dict[str, Arm]:
+    """The tokenizers at BITS an image, ours and theirs between the same networks."""
+    side, finest = SIDES[name], FINEST[name]
 
-    def arm(strides: tuple[int, ...], depth: int = 0, level_dropout: float = 0.0) -> Arm:
-        base = config.vq_config.model_dump() | {"strides": strides, "codebook_sizes": (2,) * len(strides)}
-        base |= {"hierarchy": "features"}  # nested codes are for priors: the same bits show less
-        base |= {"level_dropout": level_dropout}
-        tokens = VQConfig(**base).tokens * max(1, depth)
-        sizes = (size_for_bits(tokens, BITS),) * len(strides)
-        return Arm(VQConfig(**(base | {"codebook_sizes": sizes})), depth)
+    def arm(network: str, strides: tuple[int, ...], depth: int = 0) -> Arm:
+        tokens = sum((side // stride) ** 2 for stride in strides) * max(1, depth)
+        model = {
+            "strides": list(strides),
+            "codebook_sizes": [size_for_bits(tokens, BITS)] * len(strides),
+            "code_dim": [min(64, 3 * stride**2) for stride in strides],
+            "level_dropout": 0.0,  # theirs have none
+        }
+        changes = [f"data.image_size=[{side},{side}]", *(f"vq.model.{key}={value}" for key, value in model.items())]
+        return Arm(configured(PRESETS[name], [*changes, *NETWORKS[network]], seed), depth)
 
-    return {
-        "two_levels": arm((finest, finest)),
-        "two_levels_dropout": arm((finest, finest), level_dropout=config.vq_config.level_dropout),
-        "three_levels": arm((2 * finest, finest, finest)),
-        "peer_one_level": arm((finest,), 1),
-        "peer_residual": arm((finest,), 2),
-    }
+    found = {"two_levels": arm("", (finest, finest))}  # three do not gain anything between convolutions
+    found["two_levels_pyramid"] = arm("_pyramid", (finest, finest))
+    found["three_levels_pyramid"] = arm("_pyramid", (2 * finest, finest, finest))
+    for network in NETWORKS:
+        found[f"peer_one_level{network}"] = arm(network, (finest,), 1)
+        found[f"peer_residual{network}"] = arm(network, (finest,), 2)
+    return found
 
 
 # ---- against vector-quantize-pytorch ----
@@ -120,15 +127,12 @@ def arms(config: RunConfig, finest: int) -> dict[str, Arm]:
 
 def compare(name: str, pictures: PictureSet, quick: bool, seed: int) -> Figures:
     """PSNR of every arm after the same training time, and what ours is ahead of the better peer."""
-    config = configured(PRESETS[name], [f"data.image_size=[{SIDES[name]},{SIDES[name]}]"], seed)
-    sides = arms(config, FINEST[name])
-    timed = {side: arm.trial(config, pictures.train) for side, arm in sides.items()}
-    speeds = images_per_second(timed, 1 if quick else TURNS)
-    seconds = QUICK_SECONDS if quick else SECONDS[name]
+    sides = arms(name, seed)
+    speeds = images_per_second({side: arm.trial(pictures.train) for side, arm in sides.items()}, 1 if quick else TURNS)
     figures: Figures = {}
     for side, arm in sides.items():
-        trial = arm.trial(config, pictures.train)
-        images = affordable(speeds[side], seconds, config.vq.train)
+        trial = arm.trial(pictures.train)
+        images = affordable(speeds[side], QUICK_SECONDS if quick else SECONDS[name], arm.config.vq.train)
         run(trial, images)
         check_codes(trial.model, pictures.held_out)
         found = mean_psnr(reconstructions(trial.model, pictures.held_out), pictures.held_out)
@@ -136,19 +140,30 @@ def compare(name: str, pictures: PictureSet, quick: bool, seed: int) -> Figures:
         if arm.depth < 2:  # the codes of a peer's residual are digits of one number, with no codebook of their own
             gained, figures[f"{name}_refined_per_second_{side}"] = refined(trial.model, pictures.held_out, quick)
             figures[f"{name}_psnr_{side}_refined"] = found + gained
-    peer = max(figures[f"{name}_psnr_{side}"] for side in sides if sides[side].depth)
-    ours = [side for side in sides if not sides[side].depth]
-    gains = {
-        f"{name}_gain_db{kind}_{side}": figures[f"{name}_psnr_{side}{kind}"] - peer
-        for side in ours
+    ours, theirs = (
+        {
+            network: [side for side in sides if bool(sides[side].depth) == peer and network_of(side) == network]
+            for network in NETWORKS
+        }
+        for peer in (False, True)
+    )
+
+    def gain(networks: Sequence[str], kind: str) -> float:
+        best = max(figures[f"{name}_psnr_{side}{kind}"] for network in networks for side in ours[network])
+        return best - max(figures[f"{name}_psnr_{side}"] for network in networks for side in theirs[network])
+
+    gains = {f"{name}_gain_db{kind}": gain(list(NETWORKS), kind) for kind in ("", "_refined")}
+    within = {
+        f"{name}_gain_db{kind}_within{network or '_convolutions'}": gain([network], kind)
+        for network in NETWORKS
         for kind in ("", "_refined")
     }
-    return {
-        f"{name}_gain_db": max(gains[f"{name}_gain_db_{side}"] for side in ours),
-        f"{name}_gain_db_refined": max(gains[f"{name}_gain_db_refined_{side}"] for side in ours),
-        **gains,
-        **figures,
-    }
+    return gains | within | figures
+
+
+def network_of(side: str) -> str:
+    """The name of what a tokenizer's quantizers are between."""
+    return max((network for network in NETWORKS if side.endswith(network)), key=len)
 
 
 def some_of(table: ImageTable, quick: bool) -> ImageTable:
@@ -241,26 +256,27 @@ def compare_webp(path: Path, quick: bool, seed: int) -> Figures:
     for quality, count, found in zip(WEBP_QUALITIES, size, decibels, strict=True):
         if 0.1 <= 8 * count / pixels <= 1.2:
             figures |= {f"webp_bpp_quality_{quality}": 8 * count / pixels, f"webp_psnr_quality_{quality}": found}
-    for name, weight in CURVE.items():
-        config = configured("tiny", ["data.image_size=[64,64]", *pyramid(weight)], seed)
-        speed = images_per_second({name: tokenizer_trial(config, pictures.train)}, 1 if quick else TURNS)[name]
+    configs = {
+        name: configured("tiny", ["data.image_size=[64,64]", *pyramid(weight)], seed) for name, weight in CURVE.items()
+    }
+    first = {name: tokenizer_trial(config, pictures.train) for name, config in list(configs.items())[:1]}
+    (speed,) = images_per_second(first, 1 if quick else TURNS).values()  # a weight changes nothing of it
+    for name, config in configs.items():
         trial = tokenizer_trial(config, pictures.train)
         images = affordable(speed, QUICK_SECONDS if quick else SECONDS["webp"], config.vq.train)
         run(trial, images)
         codes = encoded(trial.model, pictures.held_out)
         coded = coded_bytes(trial.model, encoded(trial.model, counted), codes)
         ours = mean_psnr(rounded(decoded(trial.model, codes)), pictures.held_out)
-        figures |= {
-            f"photos_bpp_{name}": 8 * coded / pixels,
-            f"photos_psnr_{name}": ours,
-            f"photos_lead_on_webp_db_{name}": ours - float(np.interp(coded, size, decibels)),
-            f"photos_lead_on_webp_without_container_db_{name}": ours
-            - float(np.interp(coded, size - WEBP_CONTAINER - WEBP_FRAME, decibels)),
-            f"photos_images_{name}": images,
-        }
+        figures |= {f"photos_bpp_{name}": 8 * coded / pixels, f"photos_psnr_{name}": ours}
+        for words, container in (("", 0), ("without_container_", WEBP_CONTAINER + WEBP_FRAME)):
+            theirs = np.interp(coded, size - container, decibels, left=math.nan, right=math.nan)
+            figures[f"photos_lead_on_webp_{words}db_{name}"] = ours - float(theirs)
+    figures["photos_images"] = images
     asked = [name for name in CURVE if figures[f"photos_bpp_{name}"] <= 0.5]
     for lead in ("photos_lead_on_webp_db", "photos_lead_on_webp_without_container_db"):
-        figures[lead] = min((figures[f"{lead}_{name}"] for name in asked), default=math.nan)
+        found = [figures[f"{lead}_{name}"] for name in asked]  # nan where WebP's files are never as small
+        figures[lead] = min((value for value in found if math.isfinite(value)), default=math.nan)
     return figures
 
 
@@ -296,13 +312,13 @@ BENCHMARK = Benchmark(
         "Mean PSNR of held-out pictures at 800 bits an image after the same training time (how many images that is, "
         "is measured side by side first): the project's two levels on one grid, and three with a coarser one before, "
         "against one level of vector-quantize-pytorch's `VectorQuantize` and `ResidualVQ` of two quantizers on that "
-        "grid, in the same encoder and decoder. Ours are without level dropout, as theirs must be; `_dropout` has "
-        "the preset's, so that every prefix decodes. Emoji at 32 x 32 with the `tiny` preset's network; photographs "
-        "(`--photos`) at 64 x 64 with the `cpu` preset's, three folds that keep a photograph whole. `gain_db` is the "
-        "better of ours over the better of theirs, by the encoder alone and with two rounds of refinement "
+        "grid, in the same encoder and decoder: convolutions (as a preset has them), and the transforms of a pyramid "
+        "(`_pyramid`). Emoji at 32 x 32 with the `tiny` preset's settings; photographs (`--photos`) at 64 x 64 with "
+        "the `cpu` preset's, three folds that keep a photograph whole. `gain_db` is the best of ours over the best of "
+        "theirs, `within` one kind of network or over both, by the encoder alone and with two rounds of refinement "
         "(`encode.refine_rounds`), "
         f"which ours alone offers; what it adds is measured on {REFINED} pictures, also for the peer's one level in "
-        "our tokenizer. Against WebP: a pyramid of quantizer fsq trained at three weights of its bits, on as many "
+        "our tokenizer. Against WebP: a pyramid of quantizer fsq trained at four weights of its bits, on all training "
         "pictures of one fold, its codes coded by an entropy coder with tables counted on the training pictures, digit "
         "by digit by what is around (and decoded again), pixels rounded to 8 bits; "
         "WebP at its best effort, its PSNR between qualities interpolated at the same bytes. Its container and frame "
