@@ -31,10 +31,11 @@ Tensors = dict[str, Tensor]
 AnyStage = VQStage | PriorStage
 
 LARGE_CODEBOOKS: dict[str, dict[str, Any]] = {
-    "gradient": {"quantizer": "gradient", "code_dim": 64, "codebook_sizes": (8, 160)},
-    "simvq": {"quantizer": "simvq", "code_dim": 104},
+    "gradient": {"quantizer": "gradient", "code_dim": 63, "codebook_sizes": (8, 161)},
+    "simvq": {"quantizer": "simvq", "code_dim": 103},
 }
-"""Codebooks that learn by gradient, with more than the 10,000 weights below which ZeRO-3 shards nothing."""
+"""Codebooks that learn by gradient, with more than the 10,000 weights below which ZeRO-3 shards nothing, and an odd
+number of them: two ranks do not divide it."""
 PYRAMID: dict[str, Any] = {
     "hierarchy": "pyramid",
     "quantizer": "fsq",

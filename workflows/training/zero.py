@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workflows.config import TrainSettings
@@ -173,6 +174,18 @@ class ZeroEngine:
         value: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
         return value.detach()
 
+    def _set_whole(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Write a parameter's full float32 value where the optimizer keeps it; called on every rank."""
+        if self.stage < 3:
+            self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+            return
+        # DeepSpeed's own function fails where the ranks do not divide the values: the last shard is padded.
+        shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        first = self.rank * shard.numel()
+        own = value.flatten()[first : first + shard.numel()]
+        padded = F.pad(own, (0, shard.numel() - own.numel()))
+        self._deepspeed.utils.safe_set_local_fp32_param(parameter, padded)
+
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The optimizer's shards hold the average for a while."""
@@ -213,7 +226,7 @@ class ZeroEngine:
             values = [parameter.detach().float().clone() for parameter in edited]
         if self.stage > 0:
             for parameter, value in zip(edited, values, strict=True):
-                self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+                self._set_whole(parameter, value)
         if self._average:
             self._average = [shard.detach().clone() for shard in self._shards()]
 
