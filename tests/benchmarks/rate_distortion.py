@@ -141,17 +141,13 @@ def compare(name: str, pictures: PictureSet, quick: bool, seed: int) -> Figures:
         if arm.depth < 2:  # the codes of a peer's residual are digits of one number, with no codebook of their own
             gained, figures[f"{name}_refined_per_second_{side}"] = refined(trial.model, pictures.held_out, quick)
             figures[f"{name}_psnr_{side}_refined"] = found + gained
-    ours, theirs = (
-        {
-            network: [side for side in sides if bool(sides[side].depth) == peer and network_of(side) == network]
-            for network in NETWORKS
-        }
-        for peer in (False, True)
-    )
+
+    def best(networks: Sequence[str], kind: str, *, peer: bool) -> float:
+        of_side = [side for side, arm in sides.items() if bool(arm.depth) == peer and network_of(side) in networks]
+        return max(figures[f"{name}_psnr_{side}{kind}"] for side in of_side)
 
     def gain(networks: Sequence[str], kind: str) -> float:
-        best = max(figures[f"{name}_psnr_{side}{kind}"] for network in networks for side in ours[network])
-        return best - max(figures[f"{name}_psnr_{side}"] for network in networks for side in theirs[network])
+        return best(networks, kind, peer=False) - best(networks, "", peer=True)
 
     gains = {f"{name}_gain_db{kind}": gain(list(NETWORKS), kind) for kind in ("", "_refined")}
     within = {
@@ -260,8 +256,8 @@ def compare_webp(path: Path, quick: bool, seed: int) -> Figures:
     configs = {
         name: configured("tiny", ["data.image_size=[64,64]", *pyramid(weight)], seed) for name, weight in CURVE.items()
     }
-    first = {name: tokenizer_trial(config, pictures.train) for name, config in list(configs.items())[:1]}
-    (speed,) = images_per_second(first, 1 if quick else TURNS).values()  # a weight changes nothing of it
+    timed = {"pyramid": tokenizer_trial(configs["low"], pictures.train)}  # a weight changes nothing of its speed
+    speed = images_per_second(timed, 1 if quick else TURNS)["pyramid"]
     for name, config in configs.items():
         trial = tokenizer_trial(config, pictures.train)
         images = affordable(speed, QUICK_SECONDS if quick else SECONDS["webp"], config.vq.train)
