@@ -90,9 +90,10 @@ class VQArchitecture(Settings):
     """Codes in each level's codebook."""
     code_dim: OneOrEach[Count] = 64
     """Dimensions of a code vector, one number or one a level; quantizer fsq takes its own (see fsq_steps)."""
-    hierarchy: Literal["features", "residual", "nested", "pyramid"] = "features"
-    """How levels depend on each other: VQ-VAE-2 features, residual over scales (VAR), coarse codes nested in fine, or a
-    pyramid, in which a level codes the picture that the coarser ones leave over by linear transforms."""
+    hierarchy: Literal["features", "residual", "nested", "pyramid", "nested-pyramid"] = "features"
+    """How levels depend on each other: VQ-VAE-2 features, residual over scales (VAR), coarse codes nested in fine, a
+    pyramid, in which a level codes the picture that the coarser ones leave over by linear transforms, or one whose
+    finest level codes the whole picture and a coarser one what the finer one shows of it."""
     quantizer: OneOrEach[QuantizerKind] = "ema"
     """How a codebook learns, one kind or one a level: ema, gradient, simvq, or fsq (a fixed grid, no codebook)."""
     fsq_steps: tuple[tuple[int, ...], ...] = ()
@@ -137,6 +138,16 @@ class VQArchitecture(Settings):
     def cells(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of pixels that a code spans, of each level."""
         return tuple((side, side) if isinstance(side, int) else side for side in self.strides)
+
+    @property
+    def is_pyramid(self) -> bool:
+        """Whether levels code pictures by linear transforms instead of features."""
+        return self.hierarchy in ("pyramid", "nested-pyramid")
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether coarse codes are a function of the finer ones."""
+        return self.hierarchy in ("nested", "nested-pyramid")
 
     @property
     def quantizers(self) -> tuple[QuantizerKind, ...]:
@@ -233,20 +244,25 @@ class VQArchitecture(Settings):
                 f"rate_weight must be 0 without a level of quantizer fsq, whose steps it spares: {self.rate_weight}\n"
                 "hint: set quantizer=fsq, or leave rate_weight out"
             )
-        if self.hierarchy == "pyramid":
+        if self.is_pyramid:
             self._check_pyramid()
 
     def _check_pyramid(self) -> None:
         if self.l2_normalize:
             raise ValueError(
-                "l2_normalize must be false with hierarchy=pyramid, whose vectors say how much a picture lacks: true\n"
-                "hint: leave l2_normalize out"
+                f"l2_normalize must be false with hierarchy={self.hierarchy}, where the length of a vector is the "
+                "contrast of a patch: true\nhint: leave l2_normalize out"
+            )
+        if self.hierarchy == "nested-pyramid" and self.levels > 1 and self.level_dropout == 0:
+            raise ValueError(
+                "level_dropout must be above 0 with hierarchy=nested-pyramid, whose coarse levels learn from nothing "
+                "else: 0\nhint: level_dropout=0.1"
             )
         for level, ((rows, columns), dim) in enumerate(zip(self.cells, self.code_dims, strict=True)):
             if dim > 3 * rows * columns:
                 raise ValueError(
-                    f"code_dim of level {level} must be at most {3 * rows * columns} with hierarchy=pyramid, the "
-                    f"numbers in a patch of {rows} x {columns} pixels: {dim}\n"
+                    f"code_dim of level {level} must be at most {3 * rows * columns} with hierarchy={self.hierarchy}, "
+                    f"the numbers in a patch of {rows} x {columns} pixels: {dim}\n"
                     f"hint: code_dim={min(16, 3 * rows * columns)}"
                 )
 

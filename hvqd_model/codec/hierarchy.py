@@ -1,6 +1,6 @@
 """The hierarchical tokenizer: pictures to several levels of codes and back.
 
-Four ways for levels to depend on each other, one decoder for the first three:
+Five ways for levels to depend on each other, one decoder for the first three:
 
 features  top-down: the finer level quantizes its features together with what the coarser levels decode to (VQ-VAE-2,
           arXiv:1906.00446).
@@ -10,6 +10,9 @@ nested    the finest level quantizes its own features; each coarser level is com
           its codes are a function of the finer codes.
 pyramid   each level codes the picture that the coarser levels leave over, by linear transforms (`codec.pyramid`): the
           nearest pictures for their bytes, but codes without a meaning of their own.
+nested-pyramid
+          the same transforms, but the finest level codes the whole picture, and each coarser one what the finer one
+          shows: coarse codes are a function of the finer ones and take nothing from them.
 
 Level dropout (training only) shows some pictures to the decoder without their finer levels, so that coarse codes mean
 something by themselves and every prefix decodes.
@@ -64,7 +67,7 @@ class HierarchicalVQ(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        if config.hierarchy == "pyramid":
+        if config.is_pyramid:
             self.pyramid = Pyramid(config)
         else:
             self.encoder = Encoder(config)
@@ -81,7 +84,7 @@ class HierarchicalVQ(nn.Module):
                 decay=config.codebook_decay,
                 restart_threshold=config.restart_threshold,
                 steps=config.steps[level],
-                bounded=config.hierarchy == "pyramid",
+                bounded=config.is_pyramid,
                 bit_cost=config.rate_weight * prod(config.grids[level]) / prod(config.image_size),
             )
             for level, (kind, codes, dim) in enumerate(
@@ -130,8 +133,9 @@ class HierarchicalVQ(nn.Module):
             ValueError: pictures of another size.
         """
         self._check_images(images)
-        quantized, x = self._walk(images, keys, self._kept_levels(keys))
-        reconstruction = self._finish(x)
+        kept = self._kept_levels(keys)
+        quantized, x = self._walk(images, keys, kept)
+        reconstruction = self._cut(self.pyramid.finish(x, kept) if self.config.is_pyramid else self.decoder.finish(x))
         error = pixel_loss(reconstruction, images, self.config.pixel_loss)
         if self.config.ssim_weight:
             error = error + self.config.ssim_weight * (1 - ssim(reconstruction + 1, images + 1, data_range=2.0))
@@ -164,10 +168,10 @@ class HierarchicalVQ(nn.Module):
         Args:
             keys: (B,) the pictures' keys; None when nothing is to be learned from them.
             kept: (B,) how many levels the decoder sees; None for all.
-            decode: whether the second result, what `_finish` makes pictures of, is wanted.
+            decode: whether the second result, what `finish` of the decoder or the pyramid is to end, is wanted.
         """
-        if self.config.hierarchy == "pyramid":
-            return self._down_the_pyramid(images, keys, kept)
+        if self.config.is_pyramid:
+            return self._through_the_pyramid(images, keys, kept)
         features = self.encoder(self._padded(images))
         if self.config.hierarchy == "features":
             quantized: list[Quantized] = []
@@ -189,21 +193,17 @@ class HierarchicalVQ(nn.Module):
         grids = [self._to_grid(level.values, index) for index, level in enumerate(quantized)]
         return quantized, self._decode_levels(len(images), self.config.levels, lambda level, _: grids[level], kept)
 
-    def _down_the_pyramid(
+    def _through_the_pyramid(
         self, images: Tensor, keys: Tensor | None, kept: Tensor | None
     ) -> tuple[list[Quantized], Tensor]:
-        """Quantize every level of a pyramid, and add up the levels that each picture is to be decoded from."""
-        quantized: list[Quantized] = []
-        rest = self._padded(images).float()
-        shown = torch.zeros_like(rest)
-        for level in range(self.config.levels):
-            quantized.append(self._quantize(level, self.pyramid.analyse(level, rest), keys))
-            added = self.pyramid.synthesise(level, self._to_grid(quantized[level].values, level))
-            rest = rest - added
-            if kept is not None:
-                added = torch.where((kept > level)[:, None, None, None], added, 0.0)
-            shown = shown + added
-        return quantized, shown
+        found: dict[int, Quantized] = {}
+
+        def quantize(level: int, z: Tensor) -> Tensor:
+            found[level] = self._quantize(level, z, keys)
+            return self._to_grid(found[level].values, level)
+
+        shown: Tensor = self.pyramid(self._padded(images).float(), quantize, kept)
+        return [found[level] for level in range(self.config.levels)], shown
 
     def _nested(self, features: list[Tensor], keys: Tensor | None) -> list[Quantized]:
         finest = self.config.levels - 1
@@ -256,7 +256,7 @@ class HierarchicalVQ(nn.Module):
     @property
     def last_weight(self) -> Tensor:
         """The weight of the last layer that every pixel passes."""
-        weight: Tensor = (self.pyramid if self.config.hierarchy == "pyramid" else self.decoder).out.weight
+        weight: Tensor = (self.pyramid if self.config.is_pyramid else self.decoder).out.weight
         return weight
 
     # ---- codebooks ----
@@ -270,7 +270,7 @@ class HierarchicalVQ(nn.Module):
     def start_order(self) -> list[int]:
         """The levels in the order in which their codebooks start: each depends on the ones before it."""
         order = list(range(self.config.levels))
-        return order[::-1] if self.config.hierarchy == "nested" else order
+        return order[::-1] if self.config.is_nested else order
 
     def start_codebook(self, level: int, vectors: Tensor, key: int) -> None:
         """Begin quantizing a level, with a codebook fitted to (N, D) vectors; deterministic in the key."""
@@ -339,7 +339,7 @@ class HierarchicalVQ(nn.Module):
             return codes, latents
         # Nested coarse codes say little that the finer ones do not: changed for a trifle, they would say nothing.
         finest = self.config.levels - 1
-        levels = [finest] if self.config.hierarchy == "nested" else range(self.config.levels)
+        levels = [finest] if self.config.is_nested else range(self.config.levels)
         refined = refine(self._decode_vectors, self.codebooks, self.config.cells, images, codes, refine_rounds, levels)
         return refined, tuple(
             torch.where((now == before)[..., None], latent, self._quantizer(level).lookup(now))
@@ -361,12 +361,10 @@ class HierarchicalVQ(nn.Module):
 
     def _decode_vectors(self, vectors: Sequence[Tensor]) -> Tensor:
         """(B, 3, H, W) float32 pictures from (B, D, h, w) code vectors of any prefix of the levels."""
-        if self.config.hierarchy == "pyramid":
-            shown = torch.zeros(len(vectors[0]), 3, *self.config.padded_size, device=vectors[0].device)
-            for level, found in enumerate(vectors):
-                shown = shown + self.pyramid.synthesise(level, found)
-            return self._finish(shown)
-        return self._finish(self._decode_levels(len(vectors[0]), len(vectors), lambda level, _: vectors[level]))
+        if self.config.is_pyramid:
+            return self._cut(self.pyramid.decode(vectors))
+        x = self._decode_levels(len(vectors[0]), len(vectors), lambda level, _: vectors[level])
+        return self._cut(self.decoder.finish(x))
 
     def _padded(self, images: Tensor) -> Tensor:
         """(B, 3, H', W') whose sides the coarsest stride divides: the last row and column repeated."""
@@ -374,10 +372,9 @@ class HierarchicalVQ(nn.Module):
         below, right = height - images.shape[2], width - images.shape[3]
         return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
-    def _finish(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) pictures without padding, from the decoder's finest features or a pyramid's sum."""
+    def _cut(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) without the padding."""
         height, width = self.config.image_size
-        pictures = self.pyramid.finish(x) if self.config.hierarchy == "pyramid" else self.decoder.finish(x)
         return pictures if pictures.shape[2:] == (height, width) else pictures[..., :height, :width]
 
     def _check_images(self, images: Tensor) -> None:

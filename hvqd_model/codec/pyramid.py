@@ -1,4 +1,8 @@
-"""A pyramid of pictures: each level codes, patch by patch, the picture that the coarser levels leave over.
+"""A pyramid of pictures: each level codes a picture, patch by patch.
+
+The levels of a plain pyramid add up: each codes what the coarser ones leave over. In a nested one each level shows the
+whole picture by itself: the finest codes what is given, a coarser one what the finer one shows, so that its codes are
+a function of the finer codes and cost a prior little.
 
 What a level sees and adds are overlapping linear transforms, as in the Laplacian pyramid (Burt and Adelson, IEEE Trans.
 Comm. 31, 1983) and in transform coders. They start as discrete cosine transforms, so nothing has to be learned before
@@ -11,6 +15,7 @@ Axes: B pictures, L levels of h x w cells, D dimensions of a code; a cell is r r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -24,6 +29,7 @@ STEP = 0.6
 """At the start, how far apart neighbouring steps of quantizer fsq are, as a coefficient of pictures in [-1, 1]."""
 COLOURS = ((0.577, 0.577, 0.577), (-0.408, -0.408, 0.816), (0.707, -0.707, 0.0))
 """Brightness, blue and red against it; orthonormal."""
+Quantize = Callable[[int, Tensor], Tensor]
 _COLOUR_COST = 2.2
 """How much sooner the transform of a colour difference ends than that of brightness."""
 
@@ -33,10 +39,12 @@ class Pyramid(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
+        self.nested = config.hierarchy == "nested-pyramid"
         transforms = []
         for level, (cell, dim) in enumerate(zip(config.cells, config.code_dims, strict=True)):
-            first = sum(d for before, d in zip(config.cells[:level], config.code_dims, strict=False) if before == cell)
-            transforms.append(PatchTransform(cell, dim, first, config.steps[level]))
+            before = zip(config.cells[:level], config.code_dims, strict=False)
+            taken = 0 if self.nested else sum(dims for other, dims in before if other == cell)
+            transforms.append(PatchTransform(cell, dim, taken, config.steps[level]))
         self.transforms = nn.ModuleList(transforms)
         self.cell: Cell = (2 - config.padded_size[0] % 2, 2 - config.padded_size[1] % 2)
         pixels = 3 * prod(self.cell)
@@ -45,21 +53,65 @@ class Pyramid(nn.Module):
         self.out = nn.Conv2d(config.width, pixels, 3, padding=1)
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
+        if self.nested and config.levels > 1:
+            # Which level a picture is of: they differ in what has to be cleaned.
+            self.level_shift = nn.Parameter(torch.zeros(config.levels, config.width))
 
-    def analyse(self, level: int, rest: Tensor) -> Tensor:
-        """(B, D, h, w) what a level sees of the (B, 3, H, W) picture that is left to code."""
-        seen: Tensor = self.transforms[level](rest)
+    def forward(self, pictures: Tensor, quantize: Quantize, kept: Tensor | None) -> Tensor:
+        """(B, 3, H, W) float32 what `finish` is to clean, with the codes that `quantize` finds.
+
+        Args:
+            pictures: (B, 3, H, W), padded.
+            quantize: (level, what it sees (B, D, h, w)) to the vectors of its codes; called once for each level.
+            kept: (B,) how many levels each picture is to be decoded from; None for all.
+        """
+        return self._nested(pictures, quantize, kept) if self.nested else self._summed(pictures, quantize, kept)
+
+    def _summed(self, pictures: Tensor, quantize: Quantize, kept: Tensor | None) -> Tensor:
+        rest, shown = pictures, torch.zeros_like(pictures)
+        for level in range(len(self.transforms)):
+            added = self.synthesise(level, quantize(level, self.analyse(level, rest)))
+            rest = rest - added
+            if kept is not None:
+                added = torch.where((kept > level)[:, None, None, None], added, 0.0)
+            shown = shown + added
+        return shown
+
+    def _nested(self, pictures: Tensor, quantize: Quantize, kept: Tensor | None) -> Tensor:
+        finest = len(self.transforms) - 1
+        shown = level_picture = self.synthesise(finest, quantize(finest, self.analyse(finest, pictures)))
+        for level in range(finest - 1, -1, -1):
+            # A coarse level describes the finer one; it has no say in what that shows.
+            level_picture = self.synthesise(level, quantize(level, self.analyse(level, level_picture.detach())))
+            if kept is not None:
+                shown = torch.where((kept > level + 1)[:, None, None, None], shown, level_picture)
+        return shown
+
+    def decode(self, vectors: Sequence[Tensor]) -> Tensor:
+        """(B, 3, H, W) float32 pictures from the (B, D, h, w) code vectors of any prefix of the levels."""
+        count = len(vectors)
+        levels = range(count - 1, count) if self.nested else range(count)
+        shown = sum((self.synthesise(level, vectors[level]) for level in levels), torch.zeros(()))
+        return self.finish(shown, torch.full((len(shown),), count, device=shown.device))
+
+    def analyse(self, level: int, picture: Tensor) -> Tensor:
+        """(B, D, h, w) what a level sees of a (B, 3, H, W) picture."""
+        seen: Tensor = self.transforms[level](picture)
         return seen
 
     def synthesise(self, level: int, vectors: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 what a level's (B, D, h, w) code vectors add to the picture."""
-        added: Tensor = self.transforms[level](vectors, inverse=True)
-        return added
+        """(B, 3, H, W) float32 what a level's (B, D, h, w) code vectors show."""
+        shown: Tensor = self.transforms[level](vectors, inverse=True)
+        return shown
 
-    def finish(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 from the sum of what the levels add."""
+    def finish(self, pictures: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) float32 cleaned pictures; `kept` (B,) says how many levels they are of, None for all."""
         x = fold(pictures, self.cell).to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
-        y = self.out(F.silu(self.stage(self.stem(x))))
+        x = self.stem(x)
+        if self.nested and len(self.transforms) > 1:
+            shift = self.level_shift[-1:] if kept is None else self.level_shift[kept - 1]
+            x = x + shift[:, :, None, None]
+        y = self.out(F.silu(self.stage(x)))
         return pictures + unfold(y.float(), self.cell)
 
 

@@ -45,6 +45,7 @@ PYRAMID: dict[str, Any] = {
     "blocks": 2,
 }
 """Levels whose bits have a price, of a learned law."""
+NESTED_PYRAMID: dict[str, Any] = {"hierarchy": "nested-pyramid", "blocks": 2, "level_dropout": 0.3}
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,10 @@ def compared_scenes(cast: Cast) -> dict[str, Outcome]:
         "pyramid, one step": cast.vq(1, architecture=PYRAMID, codebook_start=0),
         # Without codes: a code that changes for a rounding error would change everything after it.
         "vq, twenty steps": cast.vq(20, codebook_start=0.99, ema_half_life_images=40),
+        # Not every rank holds a picture of every level, and none may wait for the gradient of one.
+        "nested pyramid, twenty steps": cast.vq(
+            20, architecture=NESTED_PYRAMID, codebook_start=0.99, ema_half_life_images=40
+        ),
     }
     for kind, architecture in LARGE_CODEBOOKS.items():
         scenes[f"{kind} codebook"] = cast.vq(

@@ -93,7 +93,10 @@ def test_accumulated_micro_batches_give_the_gradient_and_the_codebooks_of_the_wh
 
 
 @every_zero_stage
-@pytest.mark.parametrize("scene", ["prior, twenty steps", "gaussian prior, twenty steps", "vq, twenty steps"])
+@pytest.mark.parametrize(
+    "scene",
+    ["prior, twenty steps", "gaussian prior, twenty steps", "vq, twenty steps", "nested pyramid, twenty steps"],
+)
 def test_twenty_steps_on_two_ranks_equal_twenty_on_one(
     plain: dict[str, Outcome], ranks: list[dict[int, Facts]], zero_stage: int, scene: str
 ) -> None:

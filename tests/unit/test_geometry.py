@@ -11,7 +11,7 @@ from hvqd_model.codec.encoder import Cell, Encoder, fold, stage_cells, unfold
 from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.config import VQConfig
 
-HIERARCHIES = ("features", "residual", "nested", "pyramid")
+HIERARCHIES = ("features", "residual", "nested", "pyramid", "nested-pyramid")
 SHAPES: list[tuple[dict[str, object], list[Cell]]] = [
     ({"strides": (8, 4), "image_size": (16, 24)}, [(2, 2), (4, 4), (8, 8)]),
     ({"strides": (12, 3), "image_size": (24, 12)}, [(3, 3), (6, 6), (12, 12)]),

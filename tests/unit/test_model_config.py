@@ -222,7 +222,7 @@ def test_numbers_out_of_bounds_are_refused(kind: type[Settings], name: str, valu
 @pytest.mark.parametrize(
     ("kind", "name", "allowed"),
     [
-        (VQArchitecture, "hierarchy", "'features', 'residual', 'nested' or 'pyramid'"),
+        (VQArchitecture, "hierarchy", "'features', 'residual', 'nested', 'pyramid' or 'nested-pyramid'"),
         (VQArchitecture, "quantizer", "'ema', 'gradient', 'simvq' or 'fsq'"),
         (VQArchitecture, "estimator", "'straight-through' or 'rotation'"),
         (VQArchitecture, "pixel_loss", "'l1', 'l2' or 'l1+l2'"),

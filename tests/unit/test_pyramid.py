@@ -114,6 +114,51 @@ def test_a_level_codes_what_the_coarser_pictures_leave_over() -> None:
         torch.testing.assert_close(output.reconstruction, model.pyramid.finish(images - rest))
 
 
+NESTED: dict[str, object] = {"hierarchy": "nested-pyramid", "strides": (8, 4, 4)}
+STEPS = ((65, 17, 17), (9, 5, 5, 3), (15, 9, 5))
+NESTED |= {"fsq_steps": STEPS, "codebook_sizes": tuple(math.prod(steps) for steps in STEPS)}
+
+
+def test_each_level_of_a_nested_pyramid_shows_the_whole_picture_and_codes_what_the_finer_one_shows() -> None:
+    model, images = started(settings(**NESTED), shaken=0.05).eval(), noise(3, 3, 16, 24)
+    with torch.no_grad():
+        output = model(images, torch.arange(3))
+        picture = images
+        for level in (2, 1, 0):
+            expected = model.pyramid.analyse(level, picture).permute(0, 2, 3, 1).clamp(-1, 1)
+            torch.testing.assert_close(output.vectors[level].view_as(expected), expected)
+            chosen = model._quantizer(level).lookup(output.codes[level]).permute(0, 3, 1, 2)
+            picture = model.pyramid.synthesise(level, chosen)
+            kept = torch.full((3,), level + 1)
+            shown = model.pyramid.finish(picture, kept)
+            torch.testing.assert_close(model.decode(output.codes[: level + 1]), shown.clamp(-1, 1))
+            other = [torch.zeros_like(found) for found in output.codes[:level]]
+            assert torch.equal(model.decode([*other, output.codes[level]]), model.decode(output.codes[: level + 1]))
+        torch.testing.assert_close(
+            output.reconstruction,
+            model.pyramid.finish(
+                model.pyramid.synthesise(2, model._quantizer(2).lookup(output.codes[2]).permute(0, 3, 1, 2))
+            ),
+        )
+
+
+def test_coarse_levels_of_a_nested_pyramid_take_nothing_from_the_finer_ones() -> None:
+    """A picture shown by a coarse level teaches that level and what cleans it, and no other."""
+    model, images = started(settings(**NESTED, level_dropout=1.0), shaken=0.05).train(), noise(40, 3, 16, 24)
+    keys = torch.arange(40)
+    kept = model._kept_levels(keys)
+    assert kept is not None and set(kept.tolist()) == {1, 2}
+    for level in (0, 1):
+        chosen = kept == level + 1
+        output = model(images[chosen], keys[chosen])
+        (output.reconstruction - images[chosen]).square().mean().backward()
+        learned = [one for one, transform in enumerate(model.pyramid.transforms) if bool(transform.analysis.grad.any())]
+        assert learned == [level]
+        rows = model.pyramid.level_shift.grad.any(1).tolist()
+        assert rows == [one == level for one in range(3)]
+        model.zero_grad()
+
+
 def test_pictures_come_through_before_anything_is_learned() -> None:
     """Steps of .6 leave an error of their twelfth square, and a little more where fewer coefficients are kept."""
     config = settings(strides=(4,), fsq_steps=((9,) * 5,), codebook_sizes=(9**5,), code_dim=5)
@@ -229,13 +274,18 @@ def test_a_grid_of_many_codes_keeps_no_sums() -> None:
         ),
         (
             {"quantizer": "ema", "fsq_steps": (), "code_dim": 8, "l2_normalize": True},
-            "l2_normalize must be false with hierarchy=pyramid, whose vectors say how much a picture lacks: true\n"
-            "hint: leave l2_normalize out",
+            "l2_normalize must be false with hierarchy=pyramid, where the length of a vector is the contrast of a "
+            "patch: true\nhint: leave l2_normalize out",
         ),
         (
             {"quantizer": "ema", "fsq_steps": (), "strides": (8, 4), "code_dim": 64},
             "code_dim of level 1 must be at most 48 with hierarchy=pyramid, the numbers in a patch of 4 x 4 pixels: "
             "64\nhint: code_dim=16",
+        ),
+        (
+            {"hierarchy": "nested-pyramid", "level_dropout": 0.0},
+            "level_dropout must be above 0 with hierarchy=nested-pyramid, whose coarse levels learn from nothing else: "
+            "0\nhint: level_dropout=0.1",
         ),
     ],
 )

@@ -133,6 +133,7 @@ CASES: dict[str, dict[str, object]] = {
     "residual": {"hierarchy": "residual"},
     "nested": {"hierarchy": "nested"},
     "pyramid": {"hierarchy": "pyramid"},
+    "nested pyramid": {"hierarchy": "nested-pyramid"},
     "fsq": {"quantizer": "fsq", "codebook_sizes": (8, 27), "code_dim": 3},
     "simvq": {"quantizer": "simvq"},
     "unit sphere": {"l2_normalize": True},

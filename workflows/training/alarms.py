@@ -168,7 +168,7 @@ class Watch:
     def _may_normalize(self) -> bool:
         """Whether the unit sphere is a remedy that is left."""
         assert self.model is not None
-        return not self.model.l2_normalize and self.model.hierarchy != "pyramid"
+        return not self.model.l2_normalize and not self.model.is_pyramid
 
     # ---- the signs ----
 
