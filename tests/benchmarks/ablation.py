@@ -54,6 +54,8 @@ def variants() -> dict[str, Variant]:
     """Every switch in the position that the preset does not have."""
     now = configured("tiny").vq
     dropout = ("without_level_dropout", 0.0) if now.model.level_dropout else ("with_level_dropout", 0.15)
+    if now.model.hierarchy == "nested-pyramid":  # whose coarse levels learn from nothing else
+        dropout = ("with_little_level_dropout", 0.01)
     restarts = ("without_restarts", 0.0) if now.model.restart_threshold else ("with_restarts", 0.05)
     estimator = "rotation" if now.model.estimator == "straight-through" else "straight-through"
     return {

@@ -8,7 +8,7 @@ from typing import get_args
 
 from picture_sets import emoji
 from runner import Benchmark, Figures, Target, main
-from trials import codebook_use, configured, mean_psnr, reconstructions, run, tokenizer_trial
+from trials import CONVOLUTIONS, codebook_use, configured, mean_psnr, reconstructions, run, tokenizer_trial
 
 from hvqd_model.config import QuantizerKind
 
@@ -33,7 +33,7 @@ def measure(kind: QuantizerKind, size: int, quick: bool, seed: int) -> Figures:
         return {}
     pictures = emoji(32)
     levels = ["vq.model.hierarchy=features", "vq.model.strides=[8,4]", f"vq.model.codebook_sizes=[{size},{size}]"]
-    config = configured("tiny", [*levels, f"vq.model.quantizer={kind}", *SETTINGS[kind]], seed)
+    config = configured("tiny", [*CONVOLUTIONS, *levels, f"vq.model.quantizer={kind}", *SETTINGS[kind]], seed)
     trial = tokenizer_trial(config, pictures.train)
     run(trial, QUICK_IMAGES if quick else config.vq.train.images)
     name = f"{size}_{kind}"

@@ -1,6 +1,6 @@
 """The hierarchical prior against three others that train on the same pictures for the same time.
 
-ours      two nested levels of codes at 32 x 32 (else the preset `tiny`), three at 64 x 64, noise on codes
+ours      a nested pyramid: two levels at 32 x 32 (else the preset `tiny`), three at 64 x 64, noise on codes
 flat      one level of as many bits a picture, noise on codes, the same transformer
 gaussian  one level, Gaussian noise on the latents behind the same codes, the same transformer
 unet      diffusers' U-Net on pixels (DDIM, 50 steps), as many weights as our tokenizer and prior together
@@ -34,6 +34,7 @@ from runner import Benchmark, Figures, Target, code_digest, main, work_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
 from trials import (
+    NESTED_PYRAMID,
     TURNS,
     PriorTrial,
     Trial,
@@ -72,9 +73,12 @@ class Size:
     prior_seconds: float
 
 
+PYRAMID = tuple(f"vq.model.{setting}" for setting in NESTED_PYRAMID)
 SIZES = {
     "32": Size("tiny", ("vq.model.strides=[8,4]", "vq.model.codebook_sizes=[256,512]"), 4, 120, 240),
-    "64": Size("cpu", ("vq.model.strides=[32,16,8]", "vq.model.codebook_sizes=[1024,1024,2048]"), 8, 240, 480),
+    "64": Size(
+        "cpu", ("vq.model.strides=[32,16,8]", "vq.model.codebook_sizes=[1024,1024,2048]", *PYRAMID), 8, 240, 480
+    ),
 }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from picture_sets import PictureSet, emoji, subset
 from runner import Benchmark, Figures, Target, main
 from trials import (
+    NESTED_PYRAMID,
     TURNS,
     affordable,
     bits_an_image,
@@ -53,7 +54,7 @@ CASES = {
     32: Case("tiny", (8, 4), (256, 512), 80.0, 80.0),
     64: Case("cpu", (32, 16, 8), (256, 256, 512), 120.0, 120.0),
 }
-HIERARCHY = ("vq.model.hierarchy=nested", "vq.model.level_dropout=0.2")
+HIERARCHY = tuple(f"vq.model.{setting}" for setting in NESTED_PYRAMID)
 PRIOR = ("width=128", "depth=6", "heads=4", "stagger=0")
 
 
@@ -113,9 +114,9 @@ def flat_bits_at(decibels: float, found: Sequence[tuple[float, float]]) -> float
 BENCHMARK = Benchmark(
     name="predictability",
     what=(
-        "The prior's bound on the codes of held-out emoji, bits an image without classes: the project's nested "
-        "levels (two at 32 x 32, three at 64 x 64) against one flat level at its finest stride. Tokenizers train for "
-        "the same time, then the same small prior on each one's codes (80 seconds each at 32 x 32, 120 at 64 x 64; how "
+        "The prior's bound on the codes of held-out emoji, bits an image without classes: a nested pyramid "
+        "(two levels at 32 x 32, three at 64 x 64) against one flat level of the same transforms at its finest "
+        "stride. Tokenizers train for the same time, then the same small prior on each one's codes (80 seconds each at 32 x 32, 120 at 64 x 64; how "
         "many images that is, is measured side by side first). The flat level is trained with two codebook sizes, and "
         "its bits are interpolated to the hierarchy's PSNR; where the sizes miss it by more than .2 dB the figure is "
         "missing (nan)."

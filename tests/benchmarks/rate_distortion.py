@@ -62,7 +62,7 @@ PRESETS = {"emoji": "tiny", "photos": "cpu"}
 FINEST = {"emoji": 4, "photos": 8}
 """The finest stride of all sides."""
 PYRAMID = ("vq.model.hierarchy=pyramid", "vq.model.width=48", "vq.train.learning_rate=0.003")
-NETWORKS = {"": ("vq.model.hierarchy=features",), "_pyramid": PYRAMID}
+NETWORKS = {"": ("vq.model.hierarchy=features", "vq.model.width=32"), "_pyramid": PYRAMID}
 """What the quantizers are between, by the end of a tokenizer's name: convolutions, or a pyramid's transforms."""
 WEBP_QUALITIES = (0, 1, 2, 3, 5, 7, 10, 14, 18, 22, 27, 32, 38, 45, 52, 60, 68, 76, 84)
 WEBP_CONTAINER = 20

@@ -104,6 +104,12 @@ class StopWatch(Nothing):
 # ---- what is trained ----
 
 
+CONVOLUTIONS = ("vq.model.width=32", "vq.model.code_dim=64")
+"""For the tokenizers that are no pyramids: what the architecture has where a preset says nothing."""
+NESTED_PYRAMID = ("hierarchy=nested-pyramid", "level_dropout=0.1", "width=48", "code_dim=48")
+"""Under vq.model, as `tiny` has it."""
+
+
 def configured(preset: str, changes: Sequence[str] = (), seed: int = 0) -> RunConfig:
     """A preset in one process, without intervals on the way."""
     quiet = [

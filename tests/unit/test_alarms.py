@@ -372,7 +372,7 @@ def test_every_setting_that_a_remedy_names_is_one_that_set_takes() -> None:
             together.append("vq.model.strides=[8]")
         elif setting.startswith("vq.model.codebook_sizes"):
             together.append("vq.model.strides=[8,4]")
-        load_config("tiny", None, together)
+        load_config("tiny", None, ["vq.model.hierarchy=features", *together])
 
 
 # ---- real trainings ----
