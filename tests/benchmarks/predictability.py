@@ -117,9 +117,9 @@ BENCHMARK = Benchmark(
         "The prior's bound on the codes of held-out emoji, bits an image without classes: a nested pyramid "
         "(two levels at 32 x 32, three at 64 x 64) against one flat level of the same transforms at its finest "
         "stride. Tokenizers train for the same time, then the same small prior on each one's codes (80 seconds each at "
-        "32 x 32, 120 at 64 x 64; how many images that is, is measured side by side first). The flat level is trained with two codebook sizes, and "
-        "its bits are interpolated to the hierarchy's PSNR; where the sizes miss it by more than .2 dB the figure is "
-        "missing (nan)."
+        "32 x 32, 120 at 64 x 64; how many images that is, is measured side by side first). The flat level is trained "
+        "with two codebook sizes, and its bits are interpolated to the hierarchy's PSNR; where the sizes miss it by "
+        "more than .2 dB the figure is missing (nan)."
     ),
     repeats=2,
     parts={str(side): partial(measure, side) for side in CASES},
