@@ -54,8 +54,10 @@ class Pyramid(nn.Module):
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
         if self.nested and config.levels > 1:
-            # Which level a picture is of: they differ in what has to be cleaned.
-            self.level_shift = nn.Parameter(torch.zeros(config.levels, config.width))
+            # Which level a picture is of: they differ in what has to be cleaned. A module of its own: ZeRO-3 gathers
+            # weights when the module that owns them is called.
+            self.level_shift = nn.Embedding(config.levels, config.width)
+            nn.init.zeros_(self.level_shift.weight)
 
     def forward(self, pictures: Tensor, quantize: Quantize, kept: Tensor | None) -> Tensor:
         """(B, 3, H, W) float32 what `finish` is to clean, with the codes that `quantize` finds.
@@ -109,8 +111,9 @@ class Pyramid(nn.Module):
         x = fold(pictures, self.cell).to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         if self.nested and len(self.transforms) > 1:
-            shift = self.level_shift[-1:] if kept is None else self.level_shift[kept - 1]
-            x = x + shift[:, :, None, None]
+            if kept is None:
+                kept = torch.full((len(x),), len(self.transforms), device=x.device)
+            x = x + self.level_shift(kept - 1)[:, :, None, None]
         y = self.out(F.silu(self.stage(x)))
         return pictures + unfold(y.float(), self.cell)
 

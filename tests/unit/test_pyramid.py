@@ -154,7 +154,7 @@ def test_coarse_levels_of_a_nested_pyramid_take_nothing_from_the_finer_ones() ->
         (output.reconstruction - images[chosen]).square().mean().backward()
         learned = [one for one, transform in enumerate(model.pyramid.transforms) if bool(transform.analysis.grad.any())]
         assert learned == [level]
-        rows = model.pyramid.level_shift.grad.any(1).tolist()
+        rows = model.pyramid.level_shift.weight.grad.any(1).tolist()
         assert rows == [one == level for one in range(3)]
         model.zero_grad()
 
