@@ -68,12 +68,15 @@ def recorded(outcome: Outcome, name: str) -> float:
 
 
 @every_zero_stage
-@pytest.mark.parametrize("scene", ["prior, one step", "gaussian prior, one step", "vq, one step", "pyramid, one step"])
+@pytest.mark.parametrize(
+    "scene",
+    ["prior, one step", "gaussian prior, one step", "vq, one step", "pyramid, one step", "nested pyramid, one step"],
+)
 def test_two_halves_of_a_batch_give_the_gradient_of_the_whole(
     plain: dict[str, Outcome], ranks: list[dict[int, Facts]], zero_stage: int, scene: str
 ) -> None:
     whole = plain[scene]
-    assert max(float(moment.abs().max()) for moment in whole.moments.values()) > 1e-3, "there is a gradient"
+    assert max(float(moment.abs().max()) for moment in whole.moments.values()) > 3e-4, "there is a gradient"
     for facts in ranks:
         halves = facts[zero_stage].compared[scene]
         assert largest_difference(halves.moments, whole.moments) < 1e-6
@@ -93,10 +96,7 @@ def test_accumulated_micro_batches_give_the_gradient_and_the_codebooks_of_the_wh
 
 
 @every_zero_stage
-@pytest.mark.parametrize(
-    "scene",
-    ["prior, twenty steps", "gaussian prior, twenty steps", "vq, twenty steps", "nested pyramid, twenty steps"],
-)
+@pytest.mark.parametrize("scene", ["prior, twenty steps", "gaussian prior, twenty steps", "vq, twenty steps"])
 def test_twenty_steps_on_two_ranks_equal_twenty_on_one(
     plain: dict[str, Outcome], ranks: list[dict[int, Facts]], zero_stage: int, scene: str
 ) -> None:
