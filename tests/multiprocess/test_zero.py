@@ -76,7 +76,9 @@ def test_two_halves_of_a_batch_give_the_gradient_of_the_whole(
     plain: dict[str, Outcome], ranks: list[dict[int, Facts]], zero_stage: int, scene: str
 ) -> None:
     whole = plain[scene]
-    assert max(float(moment.abs().max()) for moment in whole.moments.values()) > 3e-4, "there is a gradient"
+    # A nested pyramid shows nearly the whole picture before it has learned anything.
+    floor = 3e-4 if scene == "nested pyramid, one step" else 1e-3
+    assert max(float(moment.abs().max()) for moment in whole.moments.values()) > floor, "there is a gradient"
     for facts in ranks:
         halves = facts[zero_stage].compared[scene]
         assert largest_difference(halves.moments, whole.moments) < 1e-6

@@ -114,9 +114,13 @@ def test_a_level_codes_what_the_coarser_pictures_leave_over() -> None:
         torch.testing.assert_close(output.reconstruction, model.pyramid.finish(images - rest))
 
 
-NESTED: dict[str, object] = {"hierarchy": "nested-pyramid", "strides": (8, 4, 4)}
 STEPS = ((65, 17, 17), (9, 5, 5, 3), (15, 9, 5))
-NESTED |= {"fsq_steps": STEPS, "codebook_sizes": tuple(math.prod(steps) for steps in STEPS)}
+NESTED: dict[str, object] = {
+    "hierarchy": "nested-pyramid",
+    "strides": (8, 4, 4),
+    "fsq_steps": STEPS,
+    "codebook_sizes": tuple(math.prod(steps) for steps in STEPS),
+}
 
 
 def test_each_level_of_a_nested_pyramid_shows_the_whole_picture_and_codes_what_the_finer_one_shows() -> None:
