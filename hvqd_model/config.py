@@ -367,6 +367,9 @@ class PriorArchitecture(Settings):
     """Weight of the cross-entropy on clean codes beside the KL."""
     diffusion_steps: int = Field(100, ge=1)
     """Steps of the chain whose bound loss=kl is; sampling may use fewer."""
+    code_scale: Literal["codebook", "dimension"] = "codebook"
+    """What brings the code vectors that the denoiser reads to a mean square of 1: one factor a codebook, or one a
+    dimension, for codes like a pyramid's that hold most of their energy in few. Not used with noise=gaussian."""
     width: int = Field(128, ge=16)
     """Channels of the transformer."""
     depth: int = Field(6, ge=1)

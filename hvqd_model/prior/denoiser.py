@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,10 @@ class TokenEmbedding(FrozenBuffers):
 
     codebook: Tensor
 
-    def __init__(self, codebook: Tensor, positions: int, width: int) -> None:
+    def __init__(self, codebook: Tensor, positions: int, width: int, scale_each_dimension: bool) -> None:
         super().__init__()
         num_codes, code_dim = codebook.shape
+        self.scale_each_dimension = scale_each_dimension
         self.index = nn.Embedding(num_codes + 1, width)  # the last row: the mask
         self.project = nn.Linear(code_dim, width, bias=False)
         # Rotary positions are relative: among masks alone nothing would tell the corner from the centre.
@@ -48,8 +50,10 @@ class TokenEmbedding(FrozenBuffers):
 
     @property
     def scale(self) -> Tensor:
-        """What brings the codebook to unit variance: its own scale is the tokenizer's business."""
-        return torch.rsqrt(self.codebook.square().mean() + 1e-12)
+        """What brings the codebook to a mean square of 1, as one number or (code_dim,): its own scale is the
+        tokenizer's business."""
+        squares = self.codebook.square()
+        return torch.rsqrt((squares.mean(0) if self.scale_each_dimension else squares.mean()) + 1e-12)
 
     def forward(self, codes: Tensor) -> Tensor:
         """(B, N, D) from (B, N) codes in [0, K]."""
@@ -176,7 +180,8 @@ class Denoiser(FrozenBuffers):
         self.sizes = [rows * columns for rows, columns in config.grids]
         width = config.width
         self.conditioning = Conditioning(config)
-        embedding = LatentEmbedding if config.noise == "gaussian" else TokenEmbedding
+        tokens = partial(TokenEmbedding, scale_each_dimension=config.code_scale == "dimension")
+        embedding = LatentEmbedding if config.noise == "gaussian" else tokens
         self.embeddings = nn.ModuleList(
             embedding(codebook, size, width) for codebook, size in zip(codebooks, self.sizes, strict=True)
         )

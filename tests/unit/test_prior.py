@@ -367,6 +367,21 @@ def test_codebooks_travel_with_the_weights_and_rotations_do_not() -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("each_dimension", [False, True])
+def test_code_vectors_are_scaled_as_a_whole_or_in_each_dimension(each_dimension: bool) -> None:
+    config = settings(code_scale="dimension" if each_dimension else "codebook")
+    prior = random_prior(config)
+    stretched = HierarchicalPrior(config)
+    stretch = torch.logspace(-2, 2, prior.denoiser.embeddings[0].codebook.shape[1])
+    state = prior.state_dict()
+    state |= {name: value * stretch for name, value in state.items() if name.endswith("codebook")}
+    stretched.load_state_dict(state)
+    codes = random_codes(config, 4)
+    plain, other = (model.bits(codes, some_labels(4), torch.arange(4)) for model in (prior, stretched))
+    same = [torch.allclose(a, b, rtol=1e-4) for a, b in zip(plain, other, strict=True)]
+    assert all(same) if each_dimension else not any(same)
+
+
 # What training hides
 
 
