@@ -105,19 +105,58 @@ class _Step:
     present: int
 
 
-def _strides(settings: SamplerSettings, stagger: float, known: list[bool]) -> list[_Step]:
-    """The strides, with times of known levels at 0."""
-    levels = len(known)
-    first, last = active_span(levels, stagger, known)
-    times = torch.linspace(first, last, settings.steps + 1, dtype=torch.float64)
-    table = level_times(times, levels, stagger)
-    table[:, torch.tensor(known)] = 0.0
-    rows: list[list[float]] = table.tolist()
-    strides = []
-    for index, (at, to) in enumerate(pairwise(rows)):
-        present = max(level + 1 for level in range(levels) if to[level] < 1)
-        strides.append(_Step(index, float(times[index]), at, to, present))
-    return strides
+@dataclass(frozen=True)
+class _Walk:
+    """What stays the same from noise to codes; see `sample_codes`."""
+
+    predict: Predictor
+    sizes: Sequence[int]
+    codebook_sizes: Sequence[int]
+    seeds: Tensor
+    schedule: Schedule
+    stagger: float
+    settings: SamplerSettings
+    known: list[Tensor | None]
+    progress: Progress | None
+
+    def strides(self) -> list[_Step]:
+        """The strides, with times of known levels at 0."""
+        levels, fixed = len(self.known), [given is not None for given in self.known]
+        first, last = active_span(levels, self.stagger, fixed)
+        times = torch.linspace(first, last, self.settings.steps + 1, dtype=torch.float64)
+        table = level_times(times, levels, self.stagger)
+        table[:, torch.tensor(fixed)] = 0.0
+        rows: list[list[float]] = table.tolist()
+        strides = []
+        for index, (at, to) in enumerate(pairwise(rows)):
+            present = max(level + 1 for level in range(levels) if to[level] < 1)
+            strides.append(_Step(index, float(times[index]), at, to, present))
+        return strides
+
+    def all_masks(self) -> list[Tensor]:
+        """(B, N) codes of each level: those that are known, masks elsewhere."""
+        return [
+            given.clone()
+            if given is not None
+            else torch.full((len(self.seeds), size), num_codes, dtype=torch.int64, device=self.seeds.device)
+            for size, num_codes, given in zip(self.sizes, self.codebook_sizes, self.known, strict=True)
+        ]
+
+    def pure_noise(self) -> list[Tensor]:
+        """The noise at time 1: masks, and uniform codes in the share that is replaced."""
+        codes = self.all_masks()
+        replaced = float(self.schedule.replaced(torch.ones((), dtype=torch.float64)))
+        for level, (num_codes, given) in enumerate(zip(self.codebook_sizes, self.known, strict=True)):
+            if given is None and replaced > 0:
+                draws = uniform(self.seeds, codes[level].shape[1:], f"start.{level}")
+                random_codes = (draws / replaced * num_codes).long().clamp_max(num_codes - 1)
+                codes[level] = torch.where(draws < replaced, random_codes, codes[level])
+        return codes
+
+    def report(self, step: _Step) -> None:
+        """Tell who asked that a step is done."""
+        if self.progress is not None:
+            self.progress(step.index + 1, self.settings.steps)
 
 
 def sample_codes(
@@ -147,71 +186,54 @@ def sample_codes(
     Raises:
         ValueError: settings that the noise does not allow.
     """
-    given: list[Tensor | None] = list(known) if known is not None else [None] * len(sizes)
+    given: list[Tensor | None] = [None] * len(sizes) if known is None else list(known)
+    walk = _Walk(predict, sizes, codebook_sizes, seeds, schedule, stagger, settings, given, progress)
     if settings.sampler == "ancestral":
-        return _ancestral(predict, sizes, codebook_sizes, seeds, schedule, stagger, settings, given, progress)
+        return _ancestral(walk)
     if not schedule.has_masks:
         raise ValueError(
             f"the {settings.sampler} sampler unmasks codes, and this noise never masks any\nhint: sampler=ancestral"
         )
-    return _unmask(predict, sizes, codebook_sizes, seeds, schedule, stagger, settings, given, progress)
+    return _unmask(walk)
 
 
-def _unmask(
-    predict: Predictor,
-    sizes: Sequence[int],
-    codebook_sizes: Sequence[int],
-    seeds: Tensor,
-    schedule: Schedule,
-    stagger: float,
-    settings: SamplerSettings,
-    known: list[Tensor | None],
-    progress: Progress | None,
-) -> list[Tensor]:
+def _unmask(walk: _Walk) -> list[Tensor]:
     """Confidence and purity: every step settles a count of codes that is the same for all images."""
-    codes = _all_masks(sizes, codebook_sizes, seeds, known)
-    masked = [0 if given is not None else size for given, size in zip(known, sizes, strict=True)]
-    for step in _strides(settings, stagger, [given is not None for given in known]):
-        after = [_count_after(settings, schedule, size, time) for size, time in zip(sizes, step.to, strict=True)]
+    codes, sizes = walk.all_masks(), walk.sizes
+    masked = [0 if given is not None else size for given, size in zip(walk.known, sizes, strict=True)]
+    for step in walk.strides():
+        after = [_count_after(walk, size, time) for size, time in zip(sizes, step.to, strict=True)]
         changing = [level for level in range(len(sizes)) if after[level] < masked[level]]
         if changing:
             # The network is told how much is masked, not how far the sampler has come: that is what it was trained on.
             fractions = torch.tensor([m / n for m, n in zip(masked, sizes, strict=True)], dtype=torch.float64)
-            times: list[float] = schedule.kept.inverse(1 - fractions).tolist()
+            times: list[float] = walk.schedule.kept.inverse(1 - fractions).tolist()
             wanted: list[Tensor | None] = [None] * step.present
             for level in changing:
-                is_mask = codes[level] == codebook_sizes[level]
-                wanted[level] = is_mask.nonzero()[:, 1].reshape(len(seeds), masked[level])
-            logits = predict(codes[: step.present], times[: step.present], step.time, wanted)
+                is_mask = codes[level] == walk.codebook_sizes[level]
+                wanted[level] = is_mask.nonzero()[:, 1].reshape(len(walk.seeds), masked[level])
+            logits = walk.predict(codes[: step.present], times[: step.present], step.time, wanted)
             for level in changing:
                 places, scores = wanted[level], logits[level]
                 assert places is not None and scores is not None
                 count = masked[level] - after[level]
-                _settle(codes[level], places, scores, count, seeds, settings, f"{level}.{step.index}", step.to[level])
+                _settle(walk, codes[level], places, scores, count, f"{level}.{step.index}", step.to[level])
                 masked[level] = after[level]
-        if progress is not None:
-            progress(step.index + 1, settings.steps)
+        walk.report(step)
     return codes
 
 
-def _count_after(settings: SamplerSettings, schedule: Schedule, size: int, time: float) -> int:
-    if settings.sampler == "confidence":
+def _count_after(walk: _Walk, size: int, time: float) -> int:
+    if walk.settings.sampler == "confidence":
         return _cosine_count(size, time)
-    return _purity_count(size, time, schedule)
+    return _purity_count(size, time, walk.schedule)
 
 
 def _settle(
-    codes: Tensor,
-    places: Tensor,
-    logits: Tensor,
-    count: int,
-    seeds: Tensor,
-    settings: SamplerSettings,
-    stream: str,
-    remaining: float,
+    walk: _Walk, codes: Tensor, places: Tensor, logits: Tensor, count: int, stream: str, remaining: float
 ) -> None:
     """Write `count` of the masked codes of each image, in place."""
-    shape = (codes.shape[1],)
+    shape, seeds, settings = (codes.shape[1],), walk.seeds, walk.settings
     weights = _weights(logits, settings)
     drawn = draw(weights, uniform(seeds, shape, f"code.{stream}").gather(1, places))
     match settings.sampler:
@@ -236,100 +258,39 @@ def _weights(logits: Tensor, settings: SamplerSettings) -> Tensor:
     return logits.exp_()
 
 
-def _ancestral(
-    predict: Predictor,
-    sizes: Sequence[int],
-    codebook_sizes: Sequence[int],
-    seeds: Tensor,
-    schedule: Schedule,
-    stagger: float,
-    settings: SamplerSettings,
-    known: list[Tensor | None],
-    progress: Progress | None,
-) -> list[Tensor]:
-    codes = _pure_noise(sizes, codebook_sizes, seeds, schedule, known)
-    everywhere = [torch.arange(size, device=seeds.device).expand(len(seeds), size) for size in sizes]
-    absorbing = schedule.is_absorbing
-    for step in _strides(settings, stagger, [given is not None for given in known]):
-        changing = [level for level in range(len(sizes)) if step.to[level] < step.at[level]]
+def _ancestral(walk: _Walk) -> list[Tensor]:
+    codes, seeds = walk.pure_noise(), walk.seeds
+    everywhere = [torch.arange(size, device=seeds.device).expand(len(seeds), size) for size in walk.sizes]
+    reverse = _unmask_stride if walk.schedule.is_absorbing else _posterior_stride
+    for step in walk.strides():
+        changing = [level for level in range(len(walk.sizes)) if step.to[level] < step.at[level]]
         wanted = [everywhere[level] if level in changing else None for level in range(step.present)]
-        logits = predict(codes[: step.present], step.at[: step.present], step.time, wanted)
+        logits = walk.predict(codes[: step.present], step.at[: step.present], step.time, wanted)
         for level in changing:
             scores = logits[level]
             assert scores is not None
-            reverse = _unmask_stride if absorbing else _posterior_stride
             stream = f"{level}.{step.index}"
-            codes[level] = reverse(
-                codes[level], scores, step.to[level], step.at[level], seeds, schedule, settings, stream
-            )
-        if progress is not None:
-            progress(step.index + 1, settings.steps)
+            codes[level] = reverse(walk, codes[level], scores, step.to[level], step.at[level], stream)
+        walk.report(step)
     return codes
 
 
-def _unmask_stride(
-    codes: Tensor,
-    logits: Tensor,
-    s: float,
-    t: float,
-    seeds: Tensor,
-    schedule: Schedule,
-    settings: SamplerSettings,
-    stream: str,
-) -> Tensor:
+def _unmask_stride(walk: _Walk, codes: Tensor, logits: Tensor, s: float, t: float, stream: str) -> Tensor:
     """The posterior of absorbing noise: a mask stays with masked(s)/masked(t), else takes a predicted code."""
-    masked = schedule.masked.value(torch.tensor([s, t], dtype=torch.float64))
+    masked = walk.schedule.masked.value(torch.tensor([s, t], dtype=torch.float64))
     stay = float(masked[0] / masked[1])
     is_mask = codes == logits.shape[2]
-    leaves = is_mask & (uniform(seeds, (codes.shape[1],), f"stay.{stream}") >= stay)
-    weights = _weights(logits[leaves], settings)
-    drawn = draw(weights, uniform(seeds, (codes.shape[1],), f"code.{stream}")[leaves])
+    leaves = is_mask & (uniform(walk.seeds, (codes.shape[1],), f"stay.{stream}") >= stay)
+    weights = _weights(logits[leaves], walk.settings)
+    drawn = draw(weights, uniform(walk.seeds, (codes.shape[1],), f"code.{stream}")[leaves])
     return codes.masked_scatter(leaves, drawn)
 
 
-def _posterior_stride(
-    codes: Tensor,
-    logits: Tensor,
-    s: float,
-    t: float,
-    seeds: Tensor,
-    schedule: Schedule,
-    settings: SamplerSettings,
-    stream: str,
-) -> Tensor:
+def _posterior_stride(walk: _Walk, codes: Tensor, logits: Tensor, s: float, t: float, stream: str) -> Tensor:
     """The posterior of any mask-and-replace noise."""
-    rows = codes.reshape(-1)
+    rows, schedule, settings = codes.reshape(-1), walk.schedule, walk.settings
     at_s, at_t = (torch.full(rows.shape, time, dtype=torch.float64, device=rows.device) for time in (s, t))
     flat = add_copy_prior(logits.flatten(0, 1) / settings.temperature, rows, at_t, schedule)
     log_p0 = truncate(flat, settings.top_k, settings.top_p).log_softmax(1)
     weights = posterior(log_p0, rows, at_s, at_t, schedule).exp()
-    return draw(weights, uniform(seeds, (codes.shape[1],), f"code.{stream}").reshape(-1)).reshape(codes.shape)
-
-
-def _all_masks(
-    sizes: Sequence[int], codebook_sizes: Sequence[int], seeds: Tensor, known: list[Tensor | None]
-) -> list[Tensor]:
-    return [
-        given.clone()
-        if given is not None
-        else torch.full((len(seeds), size), num_codes, dtype=torch.int64, device=seeds.device)
-        for size, num_codes, given in zip(sizes, codebook_sizes, known, strict=True)
-    ]
-
-
-def _pure_noise(
-    sizes: Sequence[int],
-    codebook_sizes: Sequence[int],
-    seeds: Tensor,
-    schedule: Schedule,
-    known: list[Tensor | None],
-) -> list[Tensor]:
-    """The noise at time 1: masks, and uniform codes in the share that is replaced."""
-    codes = _all_masks(sizes, codebook_sizes, seeds, known)
-    replaced = float(schedule.replaced(torch.ones((), dtype=torch.float64)))
-    for level, (num_codes, given) in enumerate(zip(codebook_sizes, known, strict=True)):
-        if given is None and replaced > 0:
-            draws = uniform(seeds, codes[level].shape[1:], f"start.{level}")
-            random_codes = (draws / replaced * num_codes).long().clamp_max(num_codes - 1)
-            codes[level] = torch.where(draws < replaced, random_codes, codes[level])
-    return codes
+    return draw(weights, uniform(walk.seeds, (codes.shape[1],), f"code.{stream}").reshape(-1)).reshape(codes.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,9 +12,10 @@ from hvqd_model.diffusion.gaussian_samplers import GaussianSamplerName, Gaussian
 from hvqd_model.prior.completion import complete
 from hvqd_model.prior.gaussian_prior import GaussianProcess
 from hvqd_model.randomness import normal
+from tests.small_priors import codebook_of, gaussian_settings, random_prior, some_labels
 from tests.unit.test_editing import same
-from tests.unit.test_gaussian_prior import codebook, every_sampler, random_prior, settings, some_labels
 
+every_sampler = pytest.mark.parametrize("sampler", get_args(GaussianSamplerName))
 SEEDS = torch.arange(4) * 7
 
 
@@ -26,7 +29,7 @@ def partly(codes: tuple[Tensor, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("stagger", [0.0, 1.0])
 @every_sampler
 def test_known_codes_come_back_and_unknown_ones_are_drawn(sampler: GaussianSamplerName, stagger: float) -> None:
-    prior, walk = random_prior(settings(stagger=stagger)), GaussianSamplerSettings(5, sampler)
+    prior, walk = random_prior(gaussian_settings(stagger=stagger)), GaussianSamplerSettings(5, sampler)
     codes = prior.sample(SEEDS + 90, steps=3)
     unknown = partly(codes)
     found = complete(prior, codes, unknown, SEEDS, settings=walk)
@@ -41,7 +44,7 @@ def test_known_codes_come_back_and_unknown_ones_are_drawn(sampler: GaussianSampl
 
 @every_sampler
 def test_completing_what_is_all_unknown_is_sampling(sampler: GaussianSamplerName) -> None:
-    prior, labels = random_prior(settings(stagger=0.5)), some_labels(4)
+    prior, labels = random_prior(gaussian_settings(stagger=0.5)), some_labels(4)
     plain = prior.sample(SEEDS, labels, steps=5, sampler=sampler, guidance=2.0)
     everything = [torch.ones_like(level, dtype=torch.bool) for level in plain]
     walk = GaussianSamplerSettings(5, sampler)
@@ -50,7 +53,7 @@ def test_completing_what_is_all_unknown_is_sampling(sampler: GaussianSamplerName
 
 @every_sampler
 def test_a_completed_picture_does_not_depend_on_what_its_neighbours_know(sampler: GaussianSamplerName) -> None:
-    prior, walk = random_prior(settings(stagger=1.0)), GaussianSamplerSettings(4, sampler)
+    prior, walk = random_prior(gaussian_settings(stagger=1.0)), GaussianSamplerSettings(4, sampler)
     codes = prior.sample(SEEDS + 90, steps=3)
     unknown = [marks.roll(1, 0) for marks in partly(codes)]
     found = complete(prior, codes, unknown, SEEDS, settings=walk)
@@ -60,7 +63,7 @@ def test_a_completed_picture_does_not_depend_on_what_its_neighbours_know(sampler
 
 
 def test_known_places_walk_from_the_starts_noise_straight_to_their_codes_vectors() -> None:
-    prior = random_prior(settings(stagger=0.0))
+    prior = random_prior(gaussian_settings(stagger=0.0))
     codes = prior.sample(SEEDS + 5, steps=2)
     unknown = [torch.zeros_like(codes[0], dtype=torch.bool), *partly(codes)[1:]]
     seen: list[tuple[Tensor, Tensor]] = []
@@ -68,7 +71,7 @@ def test_known_places_walk_from_the_starts_noise_straight_to_their_codes_vectors
     complete(prior, codes, unknown, SEEDS, settings=GaussianSamplerSettings(4, "ddim"))
     process = prior.process
     assert isinstance(process, GaussianProcess) and len(seen) == 4
-    vectors = process.normalizer.vectors(1, codes[1].flatten(1), codebook(prior, 1))
+    vectors = process.normalizer.vectors(1, codes[1].flatten(1), codebook_of(prior, 1))
     known = ~unknown[1].flatten(1)
     signal, strength = (rate.float() for rate in process.schedule.rates(seen[0][1]))
     own = (normal(SEEDS, vectors.shape[1:], "start.1").float() - signal * vectors) / strength

@@ -18,72 +18,21 @@ from hvqd_model.prior.gaussian_prior import GaussianProcess
 from hvqd_model.prior.latents import LatentStatistics
 from hvqd_model.prior.prior import HierarchicalPrior
 from hvqd_model.randomness import normal
+from tests.small_priors import (
+    GRIDS,
+    codebook_of,
+    fresh,
+    gaussian_settings,
+    gradients,
+    random_latents,
+    random_prior,
+    refusal,
+    some_labels,
+    spread_times,
+    statistics,
+)
 
-GRIDS = ((1, 2), (2, 4), (4, 4))
-CHANNELS = (3, 2, 4)
-CLASSES = ("animals", "faces", "flags")
 SAMPLERS: tuple[GaussianSamplerName, ...] = get_args(GaussianSamplerName)
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
-
-
-def settings(**changes: Any) -> PriorConfig:
-    base: dict[str, Any] = {
-        "noise": "gaussian",
-        "grids": GRIDS,
-        "codebook_sizes": (5, 7, 6),
-        "code_dim": CHANNELS,
-        "classes": CLASSES,
-        "width": 16,
-        "depth": 2,
-        "heads": 2,
-    }
-    return PriorConfig.model_validate(base | changes)
-
-
-def statistics(config: PriorConfig) -> list[LatentStatistics]:
-    return [LatentStatistics(torch.linspace(-1, 1, count), torch.linspace(0.5, 2, count)) for count in config.code_dims]
-
-
-def fresh(config: PriorConfig) -> HierarchicalPrior:
-    torch.manual_seed(0)
-    codebooks = [torch.randn(size, dim) for size, dim in zip(config.codebook_sizes, config.code_dims, strict=True)]
-    return HierarchicalPrior(config, codebooks, statistics(config))
-
-
-def random_prior(config: PriorConfig) -> HierarchicalPrior:
-    """A prior whose every weight matters."""
-    prior = fresh(config)
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    return prior
-
-
-def random_latents(config: PriorConfig, images: int) -> tuple[Tensor, ...]:
-    """With the statistics that the prior is told."""
-    generator = torch.Generator().manual_seed(1)
-    return tuple(
-        mean + deviation * torch.randn(images, *grid, len(mean), generator=generator)
-        for grid, (mean, deviation) in zip(config.grids, statistics(config), strict=True)
-    )
-
-
-def some_labels(images: int) -> Tensor:
-    return torch.arange(images) % 4 - 1
-
-
-def spread_times(images: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    return low + (high - low) * (torch.arange(images, dtype=torch.float64) + 0.5) / images
-
-
-def gradients(prior: HierarchicalPrior) -> dict[str, Tensor]:
-    found = {name: parameter.grad for name, parameter in prior.named_parameters()}
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
-
-
-def codebook(prior: HierarchicalPrior, level: int) -> Tensor:
-    return prior.denoiser.embeddings[level].get_buffer("codebook")
-
 
 # ---- the loss ----
 
@@ -91,27 +40,27 @@ def codebook(prior: HierarchicalPrior, level: int) -> Tensor:
 @pytest.mark.parametrize("stagger", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("schedule", get_args(GaussianScheduleName))
 def test_a_network_that_says_nothing_has_the_loss_1_for_epsilon(stagger: float, schedule: str) -> None:
-    config = settings(stagger=stagger, depth=1, gaussian={"schedule": schedule, "prediction": "epsilon"})
+    config = gaussian_settings(stagger=stagger, depth=1, gaussian={"schedule": schedule, "prediction": "epsilon"})
     images = 512
     output = fresh(config)(
         random_latents(config, images), some_labels(images), spread_times(images), torch.arange(images)
     )
     assert float(output.loss) == pytest.approx(1, abs=0.03)
     for level, (rows, columns) in enumerate(GRIDS):
-        numbers = images * rows * columns * CHANNELS[level] / (1 + 2 * stagger)
+        numbers = images * rows * columns * config.code_dims[level] / (1 + 2 * stagger)
         assert float(output.metrics[f"error_{level}"]) == pytest.approx(1, abs=4 * (2 / numbers) ** 0.5)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 def test_a_network_that_says_nothing_has_the_loss_1_for_normalised_latents(prediction: str) -> None:
-    config = settings(depth=1, gaussian={"prediction": prediction})
+    config = gaussian_settings(depth=1, gaussian={"prediction": prediction})
     output = fresh(config)(random_latents(config, 512), some_labels(512), spread_times(512), torch.arange(512))
     assert float(output.loss) == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("stagger", [0.0, 0.4, 1.0])
 def test_one_level_equals_the_flat_model_written_out(stagger: float) -> None:
-    config = settings(
+    config = gaussian_settings(
         grids=((4, 4),),
         codebook_sizes=(7,),
         code_dim=(3,),
@@ -139,7 +88,7 @@ def test_one_level_equals_the_flat_model_written_out(stagger: float) -> None:
 
 
 def test_the_loss_and_the_errors_do_not_depend_on_the_order_of_the_batch() -> None:
-    config = settings(stagger=0.7, context_corruption=0.2)
+    config = gaussian_settings(stagger=0.7, context_corruption=0.2)
     prior, images = random_prior(config), 12
     latents, labels, times, keys = random_latents(config, 12), some_labels(12), spread_times(12), torch.arange(12) * 31
     order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
@@ -154,7 +103,7 @@ def test_the_loss_and_the_errors_do_not_depend_on_the_order_of_the_batch() -> No
 
 
 def test_the_errors_are_those_of_training_without_its_weights() -> None:
-    config = settings(stagger=0.5, label_dropout=0.0, gaussian={"min_snr_gamma": 5.0})
+    config = gaussian_settings(stagger=0.5, label_dropout=0.0, gaussian={"min_snr_gamma": 5.0})
     prior, images = random_prior(config), 400
     latents, labels, keys = random_latents(config, images), some_labels(images), torch.arange(images)
     trained = [prior(latents, labels, spread_times(images), keys + 1000 * turn).metrics for turn in range(4)]
@@ -168,7 +117,7 @@ def test_the_errors_are_those_of_training_without_its_weights() -> None:
 
 
 def test_at_full_stagger_a_coarse_loss_has_no_gradient_to_finer_inputs() -> None:
-    config = settings(stagger=1.0)
+    config = gaussian_settings(stagger=1.0)
     prior, images = random_prior(config), 16
     times = spread_times(images, 0.34, 0.66)  # only level 1 is between noise and clean
     latents = tuple(level.requires_grad_() for level in random_latents(config, images))
@@ -186,7 +135,7 @@ def test_at_full_stagger_a_coarse_loss_has_no_gradient_to_finer_inputs() -> None
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_parameter_has_a_gradient_whatever_levels_the_batch_holds(checkpointing: bool) -> None:
     """Ranks that share the weights would wait for each other otherwise."""
-    config = settings(stagger=1.0, activation_checkpointing=checkpointing)
+    config = gaussian_settings(stagger=1.0, activation_checkpointing=checkpointing)
     for low, high in ((0.67, 1.0), (0.34, 0.66), (0.0, 0.33), (0.0, 1.0)):
         prior = random_prior(config)
         output = prior(random_latents(config, 6), some_labels(6), spread_times(6, low, high), torch.arange(6))
@@ -197,7 +146,7 @@ def test_every_parameter_has_a_gradient_whatever_levels_the_batch_holds(checkpoi
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
     found = []
     for checkpointing in (False, True):
-        prior = random_prior(settings(stagger=0.5, activation_checkpointing=checkpointing))
+        prior = random_prior(gaussian_settings(stagger=0.5, activation_checkpointing=checkpointing))
         prior(random_latents(prior.config, 8), some_labels(8), spread_times(8), torch.arange(8)).loss.backward()
         found.append(gradients(prior))
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20
@@ -215,7 +164,7 @@ def seen_by(prior: HierarchicalPrior, call: Any) -> list[Sequence[Tensor]]:
 
 
 def test_a_clean_level_is_shown_as_the_vectors_of_its_codes() -> None:
-    config = settings(stagger=1.0)
+    config = gaussian_settings(stagger=1.0)
     prior, images = fresh(config), 6
     latents = random_latents(config, images)
     keys, times = torch.arange(images), spread_times(images, 0.0, 0.3)
@@ -223,18 +172,18 @@ def test_a_clean_level_is_shown_as_the_vectors_of_its_codes() -> None:
     for level in (0, 1):
         mean, deviation = statistics(config)[level]
         vectors = shown[level] * deviation + mean
-        distances = torch.cdist(vectors, codebook(prior, level))
+        distances = torch.cdist(vectors, codebook_of(prior, level))
         assert float(distances.amin(2).max()) < 1e-5
-        nearest = torch.cdist(latents[level].flatten(1, 2), codebook(prior, level)).argmin(2)
+        nearest = torch.cdist(latents[level].flatten(1, 2), codebook_of(prior, level)).argmin(2)
         assert torch.equal(distances.argmin(2), nearest)
     assert (
-        float(torch.cdist(shown[2] * statistics(config)[2][1] + statistics(config)[2][0], codebook(prior, 2)).min())
+        float(torch.cdist(shown[2] * statistics(config)[2][1] + statistics(config)[2][0], codebook_of(prior, 2)).min())
         > 1e-4
     )
 
 
 def test_context_corruption_replaces_clean_codes_in_training_alone() -> None:
-    config = settings(
+    config = gaussian_settings(
         grids=((4, 4), (4, 4)), codebook_sizes=(1000, 7), code_dim=(3, 3), stagger=1.0, context_corruption=0.3, depth=1
     )
     prior, images = fresh(config), 500
@@ -243,12 +192,12 @@ def test_context_corruption_replaces_clean_codes_in_training_alone() -> None:
     def changed(call: Any) -> Tensor:
         shown = seen_by(prior, call)[0][0]
         mean, deviation = statistics(config)[0]
-        nearest = torch.cdist(latents[0].flatten(1, 2), codebook(prior, 0)).argmin(2)
-        return torch.cdist(shown * deviation + mean, codebook(prior, 0)).argmin(2) != nearest
+        nearest = torch.cdist(latents[0].flatten(1, 2), codebook_of(prior, 0)).argmin(2)
+        return torch.cdist(shown * deviation + mean, codebook_of(prior, 0)).argmin(2) != nearest
 
     replaced = changed(lambda: prior(latents, some_labels(images), times, keys)).double()
     assert float(replaced.mean()) == pytest.approx(0.15, abs=0.015)
-    still = settings(**{**config.model_dump(), "context_corruption": 0.0})
+    still = gaussian_settings(**{**config.model_dump(), "context_corruption": 0.0})
     prior.process.config = still
     assert not changed(lambda: prior(latents, some_labels(images), times, keys)).any()
 
@@ -279,7 +228,7 @@ def test_latents_snap_to_the_codes_that_the_tokenizer_gives(architecture: dict[s
     codes, latents = vq.encode_with_latents(images)
     for found, expected in zip(codes, vq.encode(images), strict=True):
         assert torch.equal(found, expected)
-    config = settings(
+    config = gaussian_settings(
         grids=vq.config.grids, codebook_sizes=vq.config.codebook_sizes, code_dim=vq.config.code_dims, depth=1
     )
     means = [LatentStatistics(z.mean((0, 1, 2)), z.std((0, 1, 2)) + 0.1) for z in latents]
@@ -295,59 +244,24 @@ def test_latents_snap_to_the_codes_that_the_tokenizer_gives(architecture: dict[s
 # ---- samples ----
 
 
-@every_sampler
-@pytest.mark.parametrize("stagger", [0.0, 1.0])
-def test_samples_are_codes_and_given_levels_come_back_bitwise(sampler: GaussianSamplerName, stagger: float) -> None:
-    config = settings(stagger=stagger)
-    prior, images = random_prior(config), 6
-    given = tuple(
-        torch.arange(images)[:, None, None].expand(images, *grid).remainder(size)
-        for grid, size in zip(config.grids, config.codebook_sizes, strict=True)
-    )
-    for known in ([None] * 3, [given[0], None, None], [None, given[1], None], [given[0], given[1], None]):
-        samples = prior.sample(torch.arange(images), some_labels(images), steps=5, sampler=sampler, known=known)
-        for level, (sample, fixed) in enumerate(zip(samples, known, strict=True)):
-            assert sample.shape == (images, *GRIDS[level]) and sample.dtype == torch.int64
-            assert int(sample.min()) >= 0 and int(sample.max()) < config.codebook_sizes[level]
-            assert fixed is None or torch.equal(sample, fixed)
-
-
-@every_sampler
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
-def test_an_image_does_not_depend_on_its_batch_neighbours(sampler: GaussianSamplerName, guidance: float) -> None:
-    prior = random_prior(settings(stagger=0.5))
-    seeds, labels = torch.arange(10) * 991, some_labels(10)
-
-    def sample(seeds: Tensor, labels: Tensor) -> Tensor:
-        levels = prior.sample(seeds, labels, steps=6, sampler=sampler, guidance=guidance)
-        return torch.cat([level.flatten(1) for level in levels], 1)
-
-    codes = sample(seeds, labels)
-    assert torch.equal(sample(seeds, labels), codes)
-    assert torch.equal(sample(seeds.flip(0), labels.flip(0)), codes.flip(0))
-    strangers = torch.cat([seeds[:3], seeds[3:] + 17]), torch.cat([labels[:3], labels[3:].flip(0)])
-    assert torch.equal(sample(*strangers)[:3], codes[:3])
-    assert not torch.equal(sample(seeds + 1, labels), codes)
-
-
 @pytest.mark.parametrize(
     "gaussian", [{"zero_terminal_snr": True}, {"schedule": "edm"}, {"prediction": "epsilon"}], ids=str
 )
 def test_every_kind_of_noise_is_sampled(gaussian: dict[str, Any]) -> None:
-    prior = random_prior(settings(gaussian=gaussian, stagger=0.5))
+    prior = random_prior(gaussian_settings(gaussian=gaussian, stagger=0.5))
     for sampler in SAMPLERS:
         samples = prior.sample(torch.arange(4), some_labels(4), steps=3, sampler=sampler)
         assert all(int(level.max()) < size for level, size in zip(samples, prior.config.codebook_sizes, strict=True))
 
 
 def test_without_a_name_the_sampler_is_the_solver() -> None:
-    prior = random_prior(settings())
+    prior = random_prior(gaussian_settings())
     found, expected = (prior.sample(torch.arange(4), steps=4, sampler=sampler) for sampler in (None, "dpm-solver++"))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_watcher_is_shown_codes_of_the_levels_that_are_present() -> None:
-    prior, shown = random_prior(settings(stagger=1.0)), []
+    prior, shown = random_prior(gaussian_settings(stagger=1.0)), []
     prior.sample(torch.arange(3), steps=6, sampler="ddim", watch=lambda codes: shown.append([*codes]))
     assert [len(codes) for codes in shown] == [1, 1, 2, 2, 3, 3]
     for codes in shown:
@@ -397,7 +311,7 @@ def test_a_toy_joint_is_learned_and_recovered_by_every_sampler() -> None:
 
 
 def test_statistics_travel_with_the_model(tmp_path: Any) -> None:
-    prior = random_prior(settings())
+    prior = random_prior(gaussian_settings())
     save_model(prior, tmp_path)
     loaded = load_model(tmp_path)
     assert isinstance(loaded, HierarchicalPrior) and isinstance(loaded.process, GaussianProcess)
@@ -411,14 +325,14 @@ def test_statistics_travel_with_the_model(tmp_path: Any) -> None:
 
 
 def test_a_cast_module_keeps_statistics_and_codebooks_exact() -> None:
-    prior = random_prior(settings()).bfloat16()
+    prior = random_prior(gaussian_settings()).bfloat16()
     assert {buffer.dtype for name, buffer in prior.named_buffers() if "rotation" not in name} == {torch.float32}
     assert {parameter.dtype for parameter in prior.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_gives_nearly_the_loss_of_float32(autocast: bool) -> None:
-    config = settings(stagger=0.5)
+    config = gaussian_settings(stagger=0.5)
     prior = random_prior(config)
     arguments = (random_latents(config, 16), some_labels(16), spread_times(16), torch.arange(16))
     expected = prior(*arguments).loss
@@ -435,12 +349,8 @@ def test_bfloat16_gives_nearly_the_loss_of_float32(autocast: bool) -> None:
 # ---- refusals ----
 
 
-def refusal(message: str) -> Any:
-    return pytest.raises(ValueError, match=rf"{message}(.|\n)*\nhint: \S")
-
-
 def test_what_is_not_this_priors_is_refused() -> None:
-    prior = fresh(settings())
+    prior = fresh(gaussian_settings())
     latents, labels, keys = random_latents(prior.config, 2), some_labels(2), torch.arange(2)
     with refusal(r"latents of level 1 must be floating, of shape \(2, 2, 4, 2\): torch\.float32 \(2, 2, 4, 3\)"):
         prior((latents[0], torch.zeros(2, 2, 4, 3), latents[2]), labels, spread_times(2), keys)
@@ -452,7 +362,7 @@ def test_what_is_not_this_priors_is_refused() -> None:
         prior.bits(latents, labels, keys)
     with refusal("the sampler of Gaussian noise must be ddpm, ddim, dpm-solver\\+\\+ or heun: confidence"):
         prior.sample(keys, labels, sampler="confidence")
-    discrete = HierarchicalPrior(settings(noise="absorbing"))
+    discrete = HierarchicalPrior(gaussian_settings(noise="absorbing"))
     with refusal("errors are of predicted latents, and noise=absorbing is on codes"):
         discrete.errors(latents, labels, keys)
     with refusal("sampler must be confidence, ancestral or purity: ddim"):
@@ -460,7 +370,7 @@ def test_what_is_not_this_priors_is_refused() -> None:
 
 
 def test_statistics_that_do_not_fit_are_refused() -> None:
-    config = settings()
+    config = gaussian_settings()
     good = statistics(config)
     with refusal(
         r"latent statistics must be a mean and a deviation of \[3, 2, 4\] channels a level: \[\(3,\), \(3,\)\]"

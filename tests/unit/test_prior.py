@@ -1,10 +1,9 @@
-"""The hierarchical prior: its bound, its sequence, its attention and its samples."""
+"""The hierarchical prior with noise on codes: its bound, its sequence, and what training hides."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,66 +13,14 @@ from torch import Tensor, nn
 
 from hvqd_model.config import PriorConfig
 from hvqd_model.diffusion.discrete import corrupt
-from hvqd_model.prior.attention import attend, normalize_and_turn, rotary_angles
 from hvqd_model.prior.denoiser import TokenEmbedding
 from hvqd_model.prior.prior import HierarchicalPrior
 from hvqd_model.randomness import uniform
-
-GRIDS = ((1, 2), (2, 4), (4, 4))
-CLASSES = ("animals", "faces", "flags")
-
-
-def settings(**changes: object) -> PriorConfig:
-    base: dict[str, object] = {
-        "grids": GRIDS,
-        "codebook_sizes": (5, 7, 6),
-        "code_dim": 3,
-        "classes": CLASSES,
-        "width": 16,
-        "depth": 2,
-        "heads": 2,
-    }
-    return PriorConfig.model_validate(base | changes)
+from tests.small_priors import fresh, gradients, random_codes, random_prior, settings, some_labels, spread_times
 
 
 def one_level(**changes: object) -> PriorConfig:
     return settings(grids=((4, 4),), codebook_sizes=(7,), **changes)
-
-
-def fresh(config: PriorConfig) -> HierarchicalPrior:
-    """A prior as training starts it: its first prediction is uniform."""
-    torch.manual_seed(0)
-    return HierarchicalPrior(config, [torch.randn(size, config.code_dim) for size in config.codebook_sizes])
-
-
-def random_prior(config: PriorConfig) -> HierarchicalPrior:
-    """A prior whose every weight matters: nothing is zero, nothing is the identity."""
-    prior = fresh(config)
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    return prior
-
-
-def random_codes(config: PriorConfig, images: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    return tuple(
-        torch.randint(size, (images, *grid), generator=generator)
-        for size, grid in zip(config.codebook_sizes, config.grids, strict=True)
-    )
-
-
-def some_labels(images: int) -> Tensor:
-    return torch.arange(images) % 4 - 1
-
-
-def spread_times(images: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    return low + (high - low) * (torch.arange(images, dtype=torch.float64) + 0.5) / images
-
-
-def gradients(prior: HierarchicalPrior) -> dict[str, Tensor]:
-    found = {name: parameter.grad for name, parameter in prior.named_parameters()}
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 # The bound
@@ -250,73 +197,6 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-6, atol=1e-8)
 
 
-# Attention
-
-
-def attention_inputs() -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(2, 6, 3, 2, 8, generator=generator, dtype=torch.float64)
-    angles = rotary_angles([(1, 2), (2, 2)], 8)
-    rotation = torch.polar(torch.ones_like(angles), angles)[:, None, None]
-    return wide[:, :, :2].requires_grad_(), rotation, torch.tensor([[2.0], [3.0]], dtype=torch.float64).requires_grad_()
-
-
-def plain_normalize_and_turn(query_key: Tensor, rotation: Tensor, temperature: Tensor) -> Tensor:
-    unit = query_key / query_key.norm(dim=-1, keepdim=True)
-    pairs = unit.unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
-    cosine, sine = rotation.real, rotation.imag
-    even = pairs[..., 0] * cosine - pairs[..., 1] * sine
-    odd = pairs[..., 0] * sine + pairs[..., 1] * cosine
-    turned = torch.stack([even, odd], -1).flatten(-2)
-    return turned * torch.stack([temperature, torch.ones_like(temperature)])
-
-
-def test_the_written_out_gradient_of_normalised_queries_passes_gradcheck() -> None:
-    query_key, rotation, temperature = attention_inputs()
-    assert torch.autograd.gradcheck(lambda x, scale: normalize_and_turn(x, rotation, scale), (query_key, temperature))
-
-
-def test_normalised_queries_and_their_gradients_equal_plain_autograd() -> None:
-    query_key, rotation, temperature = attention_inputs()
-    outward = torch.randn(2, 6, 2, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found, expected = (
-        function(query_key, rotation, temperature) for function in (normalize_and_turn, plain_normalize_and_turn)
-    )
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found[:, :, 1].norm(dim=-1), torch.ones(2, 6, 2, dtype=torch.float64))
-    inputs = (query_key, temperature)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, inputs, outward), torch.autograd.grad(expected, inputs, outward)
-    )
-
-
-def test_attention_with_and_without_gradients_is_the_same_softmax() -> None:
-    query, key, value = torch.randn(3, 2, 6, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    scores = torch.einsum("bnhw,bmhw->bhnm", query, key).softmax(-1)
-    expected = torch.einsum("bhnm,bmhw->bnhw", scores, value).flatten(2)
-    torch.testing.assert_close(attend(query, key, value), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(attend(query, key, value), expected)
-
-
-def test_a_rotated_product_depends_on_the_displacement_alone() -> None:
-    angles = rotary_angles([(4, 4)], 16)
-    rotation = torch.polar(torch.ones_like(angles), angles)[:, None, None]
-    one = torch.randn(1, 1, 2, 1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    turned = normalize_and_turn(one.expand(1, 16, 2, 1, 16), rotation, torch.ones(1, 1, dtype=torch.float64))
-    query, key = turned[0, :, :, 0].unbind(1)
-    products = (query @ key.T).view(4, 4, 4, 4)  # from (row, column) to (row, column)
-    torch.testing.assert_close(products[0, 0, 1, 2], products[2, 1, 3, 3])
-    torch.testing.assert_close(products[3, 3, 0, 1], products[3, 2, 0, 0])
-    assert not torch.isclose(products[0, 0, 1, 2], products[0, 0, 2, 1])
-
-
-def test_a_coarse_cell_lies_at_the_middle_of_its_fine_cells() -> None:
-    angles = rotary_angles([(2, 3), (4, 12)], 8)
-    coarse, fine = angles[:6].view(2, 3, 4), angles[6:].view(4, 12, 4)
-    torch.testing.assert_close(fine.view(2, 2, 3, 4, 4).mean((1, 3)), coarse)
-
-
 # Precision
 
 
@@ -418,192 +298,3 @@ def test_context_corruption_replaces_clean_coarse_codes_in_training_alone() -> N
     assert float(changed[0].double().mean()) == pytest.approx(0.15, abs=0.01)
     assert float(changed[0].double().mean(1).max()) > 0.3  # the fraction differs from image to image
     assert not changed[1].any()
-
-
-# Samples
-
-
-SAMPLERS = ["confidence", "ancestral", "purity"]
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("stagger", [0.0, 1.0])
-def test_samples_are_codes_and_given_levels_come_back_bitwise(sampler: Any, stagger: float) -> None:
-    config = settings(stagger=stagger)
-    prior, images = random_prior(config), 6
-    given = random_codes(config, images)
-    for known in ([None] * 3, [given[0], None, None], [None, given[1], None], [given[0], given[1], None]):
-        samples = prior.sample(torch.arange(images), some_labels(images), steps=5, sampler=sampler, known=known)
-        for level, (sample, fixed) in enumerate(zip(samples, known, strict=True)):
-            assert sample.shape == (images, *GRIDS[level]) and sample.dtype == torch.int64
-            assert int(sample.min()) >= 0 and int(sample.max()) < config.codebook_sizes[level]
-            assert fixed is None or torch.equal(sample, fixed)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
-def test_an_image_does_not_depend_on_its_batch_neighbours(sampler: Any, guidance: float) -> None:
-    prior = random_prior(settings(stagger=0.5))
-    seeds, labels = torch.arange(10) * 991, some_labels(10)
-
-    def sample(seeds: Tensor, labels: Tensor) -> Tensor:
-        levels = prior.sample(seeds, labels, steps=6, sampler=sampler, guidance=guidance)
-        return torch.cat([level.flatten(1) for level in levels], 1)
-
-    codes = sample(seeds, labels)
-    assert torch.equal(sample(seeds, labels), codes)
-    assert torch.equal(sample(seeds.flip(0), labels.flip(0)), codes.flip(0))
-    strangers = torch.cat([seeds[:3], seeds[3:] + 17]), torch.cat([labels[:3], labels[3:].flip(0)])
-    assert torch.equal(sample(*strangers)[:3], codes[:3])
-    assert not torch.equal(sample(seeds + 1, labels), codes)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_mask_and_replace_noise_is_sampled_too(sampler: Any) -> None:
-    prior = random_prior(settings(noise="mask-and-replace", loss="kl", stagger=0.5))
-    samples = prior.sample(torch.arange(4), some_labels(4), steps=6, sampler=sampler)
-    assert all(int(level.max()) < size for level, size in zip(samples, prior.config.codebook_sizes, strict=True))
-
-
-def test_no_label_equals_unconditional_guidance() -> None:
-    prior = random_prior(settings())
-    seeds = torch.arange(4)
-    without = prior.sample(seeds, steps=4)
-    for other in (
-        prior.sample(seeds, some_labels(4), steps=4, guidance=0.0),
-        prior.sample(seeds, torch.full((4,), -1), steps=4, guidance=1.0),
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(without, other, strict=True))
-
-
-def test_outside_its_interval_guidance_follows_the_class_plainly() -> None:
-    prior = random_prior(settings())
-    seeds, labels = torch.arange(8), some_labels(8)
-    never = prior.sample(seeds, labels, steps=4, guidance=5.0, guidance_interval=(0.0, 0.0))
-    plain = prior.sample(seeds, labels, steps=4, guidance=1.0)
-    always = prior.sample(seeds, labels, steps=4, guidance=5.0)
-    assert all(torch.equal(a, b) for a, b in zip(never, plain, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(always, plain, strict=True))
-
-
-def test_a_toy_joint_is_learned_and_recovered() -> None:
-    """coarse follows the class; each fine code is f(coarse), or with probability 0.2 any other code."""
-    torch.manual_seed(0)
-    config = PriorConfig(
-        grids=((1, 1), (2, 2)), codebook_sizes=(4, 4), code_dim=2, classes=("a", "b"), width=32, depth=2, heads=2,
-        stagger=0.5,
-    )  # fmt: skip
-    prior = HierarchicalPrior(config, [torch.randn(4, 2), torch.randn(4, 2)])
-    optimizer = torch.optim.AdamW(prior.parameters(), 4e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    steps, images = 250, 64
-
-    def draw(count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        labels = torch.randint(2, (count,))
-        coarse = (labels * 2 + (torch.rand(count) < 0.25).long())[:, None, None]
-        follows = torch.rand(count, 2, 2) < 0.8
-        return labels, (coarse, (3 - coarse + torch.randint(1, 4, (count, 2, 2)) * ~follows) % 4)
-
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, 2 * (1 - step / steps))
-        labels, codes = draw(images)
-        times = (torch.rand((), dtype=torch.float64) + torch.arange(images) / images) % 1
-        loss = prior(codes, labels, times, torch.randint(2**40, (images,))).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    count = 2000
-    labels = torch.arange(count) % 2
-    coarse, fine = prior.sample(torch.arange(count), labels, steps=32, sampler="ancestral", guidance=1.0)
-    assert float((coarse[:, 0, 0] // 2 == labels).double().mean()) > 0.98
-    assert float((coarse % 2).double().mean()) == pytest.approx(0.25, abs=0.06)
-    agreement = (fine == 3 - coarse).double()
-    assert float(agreement.mean()) == pytest.approx(0.8, abs=0.05)
-    # Given the coarse code the four fine ones are independent.
-    assert float(agreement.flatten(1).prod(1).mean()) == pytest.approx(0.8**4, abs=0.07)
-    # The true code length: 1 bit would be the class; coarse costs h(.25), fine h(.2) + .2 log2 3 each.
-    labels, codes = draw(count)
-    bits = prior.bits(codes, labels, torch.arange(count), draws=16)
-    assert float(bits[0].mean()) == pytest.approx(0.811, abs=0.12)
-    assert float(bits[1].mean()) == pytest.approx(4 * (0.722 + 0.2 * math.log2(3)), rel=0.06)
-
-
-# Refusals
-
-
-def refusal(message: str) -> Any:
-    return pytest.raises(ValueError, match=rf"{message}(.|\n)*\nhint: \S")
-
-
-def test_codebooks_of_another_tokenizer_are_refused() -> None:
-    config = settings()
-    with refusal(r"codebooks must have the shapes \[\(5, 3\), \(7, 3\), \(6, 3\)\]: \[\(5, 3\)\]"):
-        HierarchicalPrior(config, [torch.zeros(5, 3)])
-
-
-def call_all(prior: HierarchicalPrior, codes: Sequence[Tensor], labels: Tensor) -> list[Any]:
-    keys, times = torch.arange(2), spread_times(2)
-    return [lambda: prior(codes, labels, times, keys), lambda: prior.bits(codes, labels, keys)]
-
-
-def test_codes_that_are_not_this_priors_are_refused() -> None:
-    prior = fresh(settings())
-    codes, labels = random_codes(prior.config, 2), some_labels(2)
-    bad = {
-        r"codes must have one entry a level \(3\): 2": codes[:2],
-        r"codes of level 1 must be int64 of shape \(2, 2, 4\): torch\.int64 \(2, 8\)": (
-            codes[0],
-            codes[1].flatten(1),
-            codes[2],
-        ),
-        r"codes of level 0 must be int64 of shape \(2, 1, 2\): torch\.float32": (codes[0].float(), *codes[1:]),
-        r"codes of level 2 must be in 0\.\.5: 6\.\.6": (*codes[:2], torch.full_like(codes[2], 6)),
-        r"codes of level 2 must be in 0\.\.5: -1\.\.-1": (*codes[:2], torch.full_like(codes[2], -1)),
-    }
-    for message, given in bad.items():
-        for call in call_all(prior, given, labels):
-            with refusal(message):
-                call()
-
-
-def test_labels_that_are_not_this_priors_are_refused() -> None:
-    prior = fresh(settings())
-    codes = random_codes(prior.config, 2)
-    for labels, shown in ((torch.tensor([0, 3]), r"\[3\]"), (torch.tensor([-2, 0]), r"\[-2\]")):
-        message = rf"labels must be \(2,\) numbers from -1 \(no class\) to 2: {shown}\nhint: the classes are animals"
-        for call in [*call_all(prior, codes, labels), lambda given=labels: prior.sample(torch.arange(2), given)]:
-            with pytest.raises(ValueError, match=message):
-                call()
-    with refusal(r"labels must be \(2,\) numbers from -1 \(no class\) to 2: \(3,\)"):
-        prior.sample(torch.arange(2), torch.tensor([0, 1, 2]))
-
-
-def test_sampling_settings_out_of_range_are_refused() -> None:
-    prior = fresh(settings())
-    codes = random_codes(prior.config, 2)
-    bad: dict[str, dict[str, Any]] = {
-        r"guidance must be at least 0: -1\.0": {"guidance": -1.0},
-        r"guidance must be at least 0: nan": {"guidance": math.nan},
-        r"guidance_interval must rise within 0 and 1: \(0\.6, 0\.4\)": {"guidance_interval": (0.6, 0.4)},
-        r"guidance_interval must rise within 0 and 1: \(0\.0, 2\.0\)": {"guidance_interval": (0.0, 2.0)},
-        r"known must have one entry a level \(3\): 1": {"known": [None]},
-        r"codes of level 1 must be int64 of shape \(2, 2, 4\)": {"known": [None, codes[0], None]},
-        r"every level is given": {"known": codes},
-        r"steps must be at least 1: 0": {"steps": 0},
-    }
-    for message, setting in bad.items():
-        with refusal(message):
-            prior.sample(torch.arange(2), some_labels(2), **setting)
-
-
-def test_guidance_on_an_unconditional_prior_is_refused() -> None:
-    prior = fresh(settings(classes=()))
-    with refusal(r"guidance needs a prior with classes, and this one is unconditional: 3\.0"):
-        prior.sample(torch.arange(2))
-    assert len(prior.sample(torch.arange(2), guidance=1.0, steps=2)) == 3
-
-
-def test_a_bound_of_no_draws_is_refused() -> None:
-    prior = fresh(settings())
-    with refusal(r"draws must be at least 1: 0"):
-        prior.bits(random_codes(prior.config, 2), some_labels(2), torch.arange(2), draws=0)
