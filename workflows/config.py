@@ -289,6 +289,9 @@ class SamplingSettings(Settings):
     {class: 3, style: 1.5}."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """[from, to] of the times, 1 pure noise and 0 clean, at which guidance acts; elsewhere a step costs half."""
+    fine_guidance: float | None = Field(None, ge=0)
+    """The most that the finest level is guided; the levels lie evenly between guidance at the coarsest and this. Null
+    guides all alike."""
     temperature: float = Field(1.0, gt=0)
     """Of the drawn codes."""
     top_k: int | None = Field(None, ge=1)

@@ -40,6 +40,7 @@ def complete(
     settings: SamplerSettings | GaussianSamplerSettings | None = None,
     guidance: Guidance = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
+    fine_guidance: float | None = None,
     progress: Progress | None = None,
     watch: Watcher | None = None,
 ) -> tuple[Tensor, ...]:
@@ -54,15 +55,17 @@ def complete(
         given: classes or conditions; None for none.
         settings: steps and randomness; with noise on codes the sampler is always the confidence sampler. Those of
             another kind of noise say the steps alone.
-        guidance, interval, progress, watch: see `HierarchicalPrior.sample`.
+        guidance, interval, fine_guidance, progress, watch: see `HierarchicalPrior.sample`.
 
     Raises:
         ValueError: noise on codes that masks none, or codes, masks or conditions that are not this prior's.
     """
+    of_latents = isinstance(prior.process, GaussianProcess)
+    predictor = GuidedPredictor(
+        prior.denoiser, len(seeds), given, guidance, interval, None if of_latents else watch, fine_guidance
+    )
     if isinstance(prior.process, GaussianProcess):
-        return _complete_latents(
-            prior, prior.process, codes, unknown, seeds, given, settings, (guidance, interval, progress, watch)
-        )
+        return _complete_latents(prior, prior.process, predictor, codes, unknown, seeds, settings, progress, watch)
     steps = 16 if settings is None else settings.steps
     settings = settings if isinstance(settings, SamplerSettings) else SamplerSettings(steps)
     schedule = prior.schedule
@@ -75,7 +78,6 @@ def complete(
     totals = [marks.flatten(1).sum(1) for marks in unknown]
     if all(not bool(total.any()) for total in totals):
         return tuple(level.clone() for level in codes)
-    predictor = GuidedPredictor(prior.denoiser, len(seeds), given, guidance, interval, watch)
     fixed = [not bool(total.any()) for total in totals]
     first, last = active_span(len(state), prior.config.stagger, fixed)
     times = torch.linspace(first, last, settings.steps + 1, dtype=torch.float64)
@@ -107,15 +109,15 @@ def complete(
 def _complete_latents(
     prior: HierarchicalPrior,
     process: GaussianProcess,
+    network: GuidedPredictor,
     codes: Sequence[Tensor],
     unknown: Sequence[Tensor],
     seeds: Tensor,
-    given: Tensor | Conditions | None,
     settings: SamplerSettings | GaussianSamplerSettings | None,
-    asked: tuple[Guidance, tuple[float, float], Progress | None, Watcher | None],
+    progress: Progress | None,
+    watch: Watcher | None,
 ) -> tuple[Tensor, ...]:
     """`complete` for Gaussian noise."""
-    guidance, interval, progress, watch = asked
     _start(prior, codes, unknown)  # checks them
     if not any(bool(marks.any()) for marks in unknown):
         return tuple(level.clone() for level in codes)
@@ -124,7 +126,6 @@ def _complete_latents(
     # What stands in a hole is no code that counts; 0 is one that exists.
     flat = [torch.where(marks, 0, level).flatten(1) for level, marks in zip(codes, unknown, strict=True)]
     marks = [level.flatten(1) for level in unknown]
-    network = GuidedPredictor(prior.denoiser, len(seeds), given, guidance, interval)
     found = process.sample(
         prior.denoiser,
         network,

@@ -5,6 +5,9 @@ given none (Ho and Salimans, arXiv:2207.12598). A number for each condition adds
 u + sum_i s_i (c_i - u): the conjunction of Liu et al., arXiv:2206.01714, eq. 11, exact where the conditions are
 independent given the picture. It costs a pass for each condition; the same as the first form for a single one.
 
+Fine levels can be guided less than coarse ones. Codes of many positions settle at once, each by itself; guided strongly
+they all choose what tells the class apart best, and a face gets eyes in every cell. Coarse codes are few.
+
 Axes: B images, M wanted positions of a level, K codes.
 """
 
@@ -57,6 +60,18 @@ def check_interval(interval: tuple[float, float]) -> None:
         raise ValueError(f"guidance_interval must rise within 0 and 1: {interval}\nhint: (0, 1) guides always")
 
 
+def check_fine_guidance(scale: float | None) -> None:
+    """Refuse what is no scale."""
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"fine_guidance must be at least 0: {scale}\nhint: 1 follows the class")
+
+
+def scales_of_levels(scale: float, fine: float | None, levels: int) -> list[float]:
+    """The scale of each level, coarse first: evenly from `scale` down to `fine`; a single level keeps `scale`."""
+    least = scale if fine is None else min(scale, fine)
+    return [scale + (least - scale) * level / max(1, levels - 1) for level in range(levels)]
+
+
 def passes(conditions: Conditions, guidance: Guidance) -> list[tuple[float, Conditions]]:
     """What the network must be asked beside the unconditional prediction: scale and conditions of each pass.
 
@@ -95,11 +110,13 @@ class GuidedPredictor:
         guidance: Guidance,
         interval: tuple[float, float],
         watch: Watcher | None = None,
+        fine_guidance: float | None = None,
     ) -> None:
         """Check what is asked for.
 
         Args:
             given: classes or conditions; None for none at all.
+            fine_guidance: the most that the finest level is guided; see `scales_of_levels`.
             watch: shown the present state before every step.
 
         Raises:
@@ -107,11 +124,14 @@ class GuidedPredictor:
         """
         check_guidance(guidance, denoiser.config)
         check_interval(interval)
+        check_fine_guidance(fine_guidance)
         if given is not None:
             given = check_conditions(given, images, denoiser.config)
         self.denoiser, self.interval, self.watch = denoiser, interval, watch
-        self.plain = [] if given is None else passes(given, 1.0)
-        self.guided = [] if given is None else passes(given, guidance)
+        levels = len(denoiser.sizes)
+        plain, guided = ([], []) if given is None else (passes(given, 1.0), passes(given, guidance))
+        self.plain = [(scales_of_levels(scale, None, levels), told) for scale, told in plain]
+        self.guided = [(scales_of_levels(scale, fine_guidance, levels), told) for scale, told in guided]
         self.apart = isinstance(guidance, Mapping)
 
     def __call__(
@@ -136,19 +156,19 @@ class GuidedPredictor:
         self,
         codes: Sequence[Tensor],
         level_times: Sequence[float | Tensor],
-        asked: Sequence[tuple[float, Conditions]],
+        asked: Sequence[tuple[list[float], Conditions]],
         wanted: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        found = [(scale, self._network(codes, level_times, conditions, wanted)) for scale, conditions in asked]
+        found = [(scales, self._network(codes, level_times, conditions, wanted)) for scales, conditions in asked]
         joint = asked is self.plain or not self.apart
-        if joint and found and found[0][0] == 1:
+        if joint and found and set(found[0][0]) == {1}:
             return found[0][1]
         # Passes of the same size, not one of twice: whether guidance acts must not change a row's rounding.
         nobody = Conditions(torch.full((len(codes[0]),), -1, dtype=torch.int64, device=codes[0].device))
         unconditional = self._network(codes, level_times, nobody, wanted)
         mixed: list[Tensor | None] = []
         for level, own in enumerate(unconditional):
-            others = [(scale, x) for scale, logits in found if (x := logits[level]) is not None]
+            others = [(scales[level], x) for scales, logits in found if (x := logits[level]) is not None]
             if own is None or not others:
                 mixed.append(own)
             elif joint:

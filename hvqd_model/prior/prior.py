@@ -162,6 +162,7 @@ class HierarchicalPrior(nn.Module):
         sampler: SamplerName | GaussianSamplerName | None = None,
         guidance: Guidance = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        fine_guidance: float | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -183,6 +184,7 @@ class HierarchicalPrior(nn.Module):
             guidance: 0 ignores the conditions, 1 follows them, more exaggerates them; doubles the cost unless 0 or 1. A
                 scale for each condition by name costs a pass for each (see `hvqd_model.prior.guided`).
             guidance_interval: (from, to) times within [0, 1] at which guidance acts; outside it is 1.
+            fine_guidance: the most that the finest level is guided, with the levels evenly between; None: all alike.
             temperature, top_k, top_p: truncation of the predicted distributions (noise on codes).
             gumbel_scale: noise on the order in which codes are settled (confidence, purity).
             eta: share of fresh noise (ddim).
@@ -198,11 +200,11 @@ class HierarchicalPrior(nn.Module):
         asked = (self.denoiser, len(seeds), labels, guidance, guidance_interval)
         if isinstance(self.process, GaussianProcess):
             walk = GaussianSamplerSettings(steps, sampler or "dpm-solver++", eta)  # type: ignore[arg-type]
-            network = GuidedPredictor(*asked)
+            network = GuidedPredictor(*asked, fine_guidance=fine_guidance)
             codes = self.process.sample(self.denoiser, network, seeds, walk, given, progress, watch)
         else:
             settings = SamplerSettings(steps, sampler or "confidence", temperature, top_k, top_p, gumbel_scale)  # type: ignore[arg-type]
-            codes = self.process.sample(GuidedPredictor(*asked, watch), seeds, settings, given, progress)
+            codes = self.process.sample(GuidedPredictor(*asked, watch, fine_guidance), seeds, settings, given, progress)
         return tuple(level.reshape(len(seeds), *grid) for level, grid in zip(codes, self.config.grids, strict=True))
 
     def _check_known(self, known: Sequence[Tensor | None] | None, images: int) -> list[Tensor | None] | None:

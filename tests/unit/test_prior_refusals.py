@@ -65,6 +65,8 @@ def test_sampling_settings_out_of_range_are_refused() -> None:
         r"guidance must be at least 0: nan": {"guidance": math.nan},
         r"guidance_interval must rise within 0 and 1: \(0\.6, 0\.4\)": {"guidance_interval": (0.6, 0.4)},
         r"guidance_interval must rise within 0 and 1: \(0\.0, 2\.0\)": {"guidance_interval": (0.0, 2.0)},
+        r"fine_guidance must be at least 0: -0\.5": {"fine_guidance": -0.5},
+        r"fine_guidance must be at least 0: nan": {"fine_guidance": math.nan},
         r"known must have one entry a level \(3\): 1": {"known": [None]},
         r"codes of level 1 must be int64 of shape \(2, 2, 4\)": {"known": [None, codes[0], None]},
         r"every level is given": {"known": codes},

@@ -80,6 +80,33 @@ def test_outside_its_interval_guidance_follows_the_class_plainly() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(always, plain, strict=True))
 
 
+@pytest.mark.parametrize("configured", [settings, gaussian_settings])
+def test_fine_levels_are_guided_less_whatever_the_noise(configured: Any) -> None:
+    """Each level's codes at a scale of its own, given the same coarser ones, are those of that scale everywhere."""
+    prior = random_prior(configured(stagger=1.0))
+    seeds, labels = torch.arange(8), some_labels(8)
+    mixed = prior.sample(seeds, labels, steps=12, guidance=5.0, fine_guidance=1.0)
+    for level, scale in enumerate((5.0, 3.0, 1.0)):
+        known = [codes if coarser < level else None for coarser, codes in enumerate(mixed)]
+        alike = prior.sample(seeds, labels, steps=12, guidance=scale, known=known)
+        # With the coarser levels given, all steps are for the rest; so compare a walk that is given them, too.
+        again = prior.sample(seeds, labels, steps=12, guidance=5.0, fine_guidance=1.0, known=known)
+        assert torch.equal(again[level], alike[level])
+    everywhere = prior.sample(seeds, labels, steps=12, guidance=5.0)
+    assert torch.equal(mixed[0], everywhere[0]) and not torch.equal(mixed[2], everywhere[2])
+
+
+def test_fine_guidance_is_an_upper_bound_and_a_single_level_is_guided_in_full() -> None:
+    prior, seeds, labels = random_prior(settings()), torch.arange(8), some_labels(8)
+    for guidance in (0.0, 1.0, 2.0):
+        bounded = prior.sample(seeds, labels, steps=4, guidance=guidance, fine_guidance=2.0)
+        plain = prior.sample(seeds, labels, steps=4, guidance=guidance)
+        assert all(torch.equal(a, b) for a, b in zip(bounded, plain, strict=True))
+    flat = random_prior(settings(grids=((4, 4),), codebook_sizes=(7,)))
+    found = (flat.sample(seeds, labels, steps=4, guidance=4.0, fine_guidance=fine)[0] for fine in (None, 1.0))
+    assert torch.equal(*found)
+
+
 def test_a_toy_joint_is_learned_and_recovered() -> None:
     """coarse follows the class; each fine code is f(coarse), or with probability 0.2 any other code."""
     torch.manual_seed(0)

@@ -129,6 +129,7 @@ class Editor:
                     settings=walk,
                     guidance=guidance_of(self.bundle.prior, sampling),
                     interval=sampling.guidance_interval,
+                    fine_guidance=sampling.fine_guidance,
                 )
                 parts.append([level[: len(keys) - first].to(codes[0].device) for level in found])
             return tuple(torch.cat(level) for level in zip(*parts, strict=True))

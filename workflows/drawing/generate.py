@@ -110,6 +110,7 @@ def draw_codes(
             sampler=sampling.gaussian_sampler if prior.config.noise == "gaussian" else sampling.sampler,
             guidance=guidance,
             guidance_interval=sampling.guidance_interval,
+            fine_guidance=sampling.fine_guidance,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
