@@ -61,6 +61,7 @@ def test_the_recipe_beside_a_grid_draws_it_again(finished_run: FinishedRun, tmp_
         "steps": 3,
         "guidance": 2.0,
         "guidance_interval": [0.0, 1.0],
+        "fine_guidance": None,
         "temperature": 1.0,
         "top_k": None,
         "top_p": None,

@@ -137,14 +137,14 @@ def test_a_training_that_goes_well_raises_nothing() -> None:
             {},
             {"codebook_norm_0": 2.0 * DRIFT + 0.1},
             "codebook drift, level 0",
-            "mean norm of the codes 5.05 times that of the start, outside 1/5 to 5",
+            "mean norm of the codes 10.1 times that of the start, outside 1/10 to 10",
             12_000,
         ),
         (
             {},
             {"codebook_norm_1": 3.0 / DRIFT - 0.01},
             "codebook drift, level 1",
-            "mean norm of the codes 0.197 times that of the start, outside 1/5 to 5",
+            "mean norm of the codes 0.0967 times that of the start, outside 1/10 to 10",
             12_000,
         ),
         (
@@ -273,7 +273,7 @@ def test_the_remedy_for_a_collapse_fits_the_quantizer(architecture: dict[str, An
 
 def test_a_pyramid_is_never_told_to_normalize_its_vectors() -> None:
     pyramid = {"hierarchy": "pyramid", "code_dim": 8}
-    assert remedy({"codebook_norm_1": 30.0}, **pyramid) == "vq.train.learning_rate=0.0005"
+    assert remedy({"codebook_norm_1": 60.0}, **pyramid) == "vq.train.learning_rate=0.0005"
 
 
 def test_levels_whose_bits_have_a_price_may_use_few_codes() -> None:

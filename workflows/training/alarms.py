@@ -43,7 +43,7 @@ FEW_CODES = 1.5
 LITTLE_GAIN = 0.1
 LITTLE_MEANING = 0.5
 GROWTH = 10.0
-DRIFT = 5.0
+DRIFT = 10.0  # the finest level of a nested pyramid settles at 5.5 times its start, and shows pictures well
 GROWTH_OF_GRADIENTS = 20.0
 _GRADIENTS_BEFORE = 5
 
