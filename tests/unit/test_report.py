@@ -282,6 +282,17 @@ def test_levels_and_phases_share_a_chart() -> None:
     assert "level 0 <b>4</b>" in charts[1] and "level 1 <b>6</b>" in charts[1] and "nan" not in charts[1]
 
 
+def test_a_level_keeps_its_colour_and_what_happens_once_is_no_curve() -> None:
+    history: list[dict[str, Any]] = [
+        {"images": 10, "codebooks_started": 2.0, "use_0": 5.0, "use_1": 6.0, "val_use_1": 7.0},
+        {"images": 20, "use_0": 4.0, "use_1": 3.0, "val_use_1": 8.0, "val_psnr": 20.0},
+    ]
+    use, psnr = history_charts(history)
+    for label, look in (("level 0", "c0"), ("level 1", "c1"), ("validation level 1", "c1 dashed")):
+        assert f'<polyline class="{look}"' in use and f'<span class="key {look}">{label} <b>' in use
+    assert "dashed" not in psnr, "nothing else is beside it"
+
+
 def test_usage_counts_every_code() -> None:
     drawing = usage_chart([5, 0, 3, 2], "Level 0")
     assert "3 of 4 codes used" in drawing and drawing.count("<rect") == 4

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,8 @@ _COLOURS = 5
 _BARS = 128
 _PHASE = re.compile(r"^(train|validation|valid|val)[_/.]")
 _LEVEL = re.compile(r"_(\d+)$")
+_EVENTS = ("codebooks_started", "adversary_switched_off")
+"""What happens once is no curve."""
 
 
 def short(value: float) -> str:
@@ -99,21 +102,30 @@ def _svg(body: str, description: str) -> str:
     )
 
 
-def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], name: str, axis: str = "images seen") -> str:
-    """Lines over a common axis, with a legend when there are several."""
-    points = [point for line in series.values() for point in line]
+@dataclass
+class _Line:
+    """One curve of a chart."""
+
+    points: list[tuple[float, float]]
+    colour: int
+    dashed: bool
+
+
+def _line_chart(lines: Mapping[str, _Line], name: str, axis: str = "images seen") -> str:
+    """Lines over a common axis, with a legend of their last values."""
+    points = [point for line in lines.values() for point in line.points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     frame = _Frame((min(xs), max(xs)), (min(ys), max(ys)))
     body, legend = [frame.axes(axis)], []
-    for index, (label, line) in enumerate(series.items()):
-        colour = f"c{index % _COLOURS}"
-        path = " ".join(f"{x},{y}" for x, y in (frame.at(*point) for point in line))
-        body.append(f'<polyline class="{colour}" points="{path}"/>')
-        if len(line) == 1:
-            x, y = frame.at(*line[0])
-            body.append(f'<circle class="{colour}" cx="{x}" cy="{y}" r="3"/>')
-        legend.append(f'<span class="key {colour}">{escape(label)} <b>{short(line[-1][1])}</b></span>')
-    last = ", ".join(f"{label} ends at {short(line[-1][1])}" for label, line in series.items())
+    for label, line in lines.items():
+        look = f"c{line.colour % _COLOURS}" + (" dashed" if line.dashed else "")
+        path = " ".join(f"{x},{y}" for x, y in (frame.at(*point) for point in line.points))
+        body.append(f'<polyline class="{look}" points="{path}"/>')
+        if len(line.points) == 1:
+            x, y = frame.at(*line.points[0])
+            body.append(f'<circle class="{look}" cx="{x}" cy="{y}" r="3"/>')
+        legend.append(f'<span class="key {look}">{escape(label)} <b>{short(line.points[-1][1])}</b></span>')
+    last = ", ".join(f"{label} ends at {short(line.points[-1][1])}" for label, line in lines.items())
     return (
         f"<figure><figcaption>{escape(name)}</figcaption>{_svg(''.join(body), f'{name} over {axis}: {last}')}"
         f'<div class="legend">{"".join(legend)}</div></figure>'
@@ -122,25 +134,29 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], name: str, a
 
 def history_charts(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """One chart for each metric of a stage's history; levels, and training and validation, share a chart."""
-    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    charts: dict[str, dict[tuple[str, int | None], list[tuple[float, float]]]] = {}
     for record in history:
         for key, value in record.items():
-            if key == "images" or isinstance(value, bool) or not isinstance(value, (int, float)):
+            if key in ("images", *_EVENTS) or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             if not math.isfinite(value):
                 continue
             phase, level = _PHASE.match(key), _LEVEL.search(key)
             name = _LEVEL.sub("", _PHASE.sub("", key))
-            label = " ".join(
-                (["training" if phase[1] == "train" else "validation"] if phase else [])
-                + ([f"level {level[1]}"] if level else [])
-            )
-            charts.setdefault(name, {}).setdefault(label, []).append((float(record["images"]), float(value)))
+            part = ("training" if phase[1] == "train" else "validation") if phase else ""
+            curve = (part, int(level[1]) if level else None)
+            charts.setdefault(name, {}).setdefault(curve, []).append((float(record["images"]), float(value)))
     drawn = []
-    for name, series in charts.items():
-        plain = "training" if any("validation" in label for label in series) else "value"
-        lines = {label or plain: points for label, points in series.items()}
-        drawn.append(line_chart(lines, name.replace("_", " ")))
+    for name, curves in charts.items():
+        validated = any(part == "validation" for part, _ in curves)
+        both = validated and any(part != "validation" for part, _ in curves)
+        lines = {}
+        for (part, level_number), points in curves.items():
+            words = [part, "" if level_number is None else f"level {level_number}"]
+            label = " ".join(filter(None, words)) or ("training" if validated else "value")
+            # A level keeps its colour; what validation shows of it is dashed.
+            lines[label] = _Line(points, level_number or 0, both and part == "validation")
+        drawn.append(_line_chart(lines, name.replace("_", " ")))
     return drawn
 
 

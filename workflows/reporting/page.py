@@ -44,6 +44,7 @@ img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: .8rem .9rem; }
 figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .3rem; }
+.scroll + .charts { margin-top: .8rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: .8rem; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
 svg .grid { stroke: var(--line); }
@@ -51,13 +52,15 @@ svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .even 
   stroke-dasharray: 4 4; }
 svg polyline.c0 { stroke: var(--c0); } svg polyline.c1 { stroke: var(--c1); } svg polyline.c2 { stroke: var(--c2); }
 svg polyline.c3 { stroke: var(--c3); } svg polyline.c4 { stroke: var(--c4); }
-svg rect.c0, svg circle.c0 { fill: var(--c0); }
+svg rect.c0, svg circle.c0 { fill: var(--c0); } svg circle.c1 { fill: var(--c1); } svg circle.c2 { fill: var(--c2); }
+svg circle.c3 { fill: var(--c3); } svg circle.c4 { fill: var(--c4); } svg polyline.dashed { stroke-dasharray: 5 4; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .82rem; color: var(--soft); }
 .legend b { color: var(--ink); }
 .key::before { content: ""; display: inline-block; width: .75em; height: .75em; border-radius: 2px;
   margin-right: .4em; background: var(--c0); }
 .key.c1::before { background: var(--c1); } .key.c2::before { background: var(--c2); }
 .key.c3::before { background: var(--c3); }
+.key.dashed::before { clip-path: inset(30% 0 30% 0); }
 .key.c4::before { background: var(--c4); } .key.dash::before { background: none; height: 0; vertical-align: middle;
   border-top: 2px dashed var(--ink); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; background: var(--card); }
@@ -68,7 +71,7 @@ thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: .85re
 th:first-child, td:first-child, .text { text-align: left; }
 tbody th { font-weight: 600; } td small, th small { display: block; color: var(--soft); font-weight: 400;
   font-size: .8rem; }
-td.wrap { white-space: normal; text-align: left; }
+td.wrap { white-space: normal; } td.wrap, th.wrap { text-align: left; }
 .ours { background: color-mix(in srgb, var(--accent) 9%, transparent); }
 code, pre { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; } pre { overflow-x: auto;
   padding: 1rem; margin: 0; }

@@ -172,6 +172,7 @@ def _alarms(alarms: Sequence[Mapping[str, Any]]) -> str:
         for alarm in alarms
     ]
     drawn = table(["Alarm", "After images", "What was seen", "What helps"], rows)
+    drawn = drawn.replace('<th scope="col">What', '<th scope="col" class="wrap">What')
     return drawn.replace('<td><span class="text">', '<td class="wrap"><span class="text">')
 
 
