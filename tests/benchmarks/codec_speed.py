@@ -38,7 +38,7 @@ def our_codec(side: int) -> tuple[Codec, int]:
     """The preset's tokenizer with random weights, and its weights without codebooks."""
     model = HierarchicalVQ(configured(PRESETS[side]).vq_config).eval()
     start_somewhere(model)
-    return Codec(model.encode, model.decode), weights(model.encoder, model.decoder, model.projections)
+    return Codec(model.encode, model.decode), weights(model) - weights(model.quantizers)
 
 
 def peer_model(side: int, width: int) -> nn.Module:
