@@ -54,8 +54,8 @@ from workflows.drawing.generate import Pictures
 Side = Literal["ours", "flat", "gaussian", "unet"]
 SIDES: tuple[Side, ...] = ("ours", "flat", "gaussian", "unet")
 GUIDANCES = (1.0, 2.0, 4.0)
-PICTURES, QUICK_PICTURES = 1_000, 24
-CHOOSING, QUICK_CHOOSING = 100, 24
+PICTURES, QUICK_PICTURES = 1_000, 12
+CHOOSING, QUICK_CHOOSING = 100, 8
 """Pictures of each guidance that is tried."""
 UNET_RATE = 1e-3
 """Of its learning: the best of 5e-4, 1e-3 and 2e-3 is not known; this one is usual for a net so small."""
