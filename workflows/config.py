@@ -308,10 +308,16 @@ class SamplingSettings(Settings):
     """Pictures the network draws at once; padded, so results do not depend on how many are asked for."""
 
     def of_noise(self, noise: str) -> dict[str, Any]:
-        """The JSON value of the settings that a prior of this noise heeds."""
+        """The JSON value of the settings that a prior of this noise heeds.
+
+        Without fine_guidance where it is not asked for, as before there was such a setting: how something was judged
+        or drawn then has not become another way.
+        """
         others = {"gaussian_sampler", "eta"}
         if noise == "gaussian":
             others = {"sampler", "temperature", "top_k", "top_p", "gumbel_scale"}
+        if self.fine_guidance is None:
+            others.add("fine_guidance")
         return self.model_dump(mode="json", exclude=others)
 
     @model_validator(mode="after")

@@ -66,9 +66,12 @@ def _tokenizer(config: RunConfig) -> dict[str, Any]:
 def _prior(config: RunConfig) -> dict[str, Any]:
     """Stage 2's settings, without what is as it was before it could be set, and with the content of a named file."""
     asked = config.prior.model_dump(mode="json")
-    if config.prior.model.noise != "gaussian":
+    model = config.prior.model
+    if model.noise != "gaussian":
         del asked["model"]["gaussian"]
-    conditions, named = config.prior.model.conditions, asked.pop("text_encoder")
+    if model.noise == "gaussian" or model.code_scale == "codebook":
+        del asked["model"]["code_scale"]
+    conditions, named = model.conditions, asked.pop("text_encoder")
     if conditions == ("class",):
         del asked["model"]["conditions"]
     if "text" in conditions and named is not None:

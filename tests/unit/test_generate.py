@@ -67,6 +67,7 @@ def test_the_class_and_the_seed_matter() -> None:
         {"sampler": "ancestral"},
         {"guidance": 1.0},
         {"guidance_interval": [0.5, 1.0]},
+        {"fine_guidance": 1.0},
         {"temperature": 0.3},
         {"top_k": 1},
         {"top_p": 0.05},

@@ -83,5 +83,6 @@ def test_the_switch_asks_for_other_codes_and_another_prior_and_its_settings_coun
         requests("prior.model.gaussian.schedule=edm", "sampling.eta=0.5", "sampling.gaussian_sampler=ddim") == discrete
     )
     assert requests("prior.model.noise=gaussian", "sampling.top_k=5", "sampling.temperature=2.0") == gaussian
+    assert requests("prior.model.noise=gaussian", "prior.model.code_scale=codebook") == gaussian, "not used there"
     edm = requests("prior.model.noise=gaussian", "prior.model.gaussian.schedule=edm", "sampling.eta=0.5")
     assert {kind for kind in edm if edm[kind] != gaussian[kind]} == {"prior", "evaluation"}

@@ -70,3 +70,23 @@ def test_codes_are_asked_for_anew_when_they_are_refined() -> None:
     ]
     assert len(set(found)) == 3
     assert found[0] == request_digest("codes", {}, dict.fromkeys(parents, DATASET.digest))
+
+
+def test_priors_and_figures_from_before_code_scale_and_fine_guidance_stay_current() -> None:
+    parents = dict.fromkeys(("dataset", "vq", "codes", "prior"), DATASET)
+    config = load_config("small")
+    model, sampling = config.prior.model_dump(mode="json"), config.sampling.model_dump(mode="json")
+    for name in ("gaussian", "conditions", "code_scale"):
+        del model["model"][name]
+    del model["text_encoder"]
+    digests = {"codes": DATASET.digest}
+    assert request_of("prior", config, parents) == request_digest("prior", {"prior": model, "seed": 0}, digests)
+    for name in ("gaussian_sampler", "eta", "fine_guidance"):
+        del sampling[name]
+    judged = {"evaluation": config.evaluation.model_dump(mode="json"), "sampling": sampling}
+    digests = dict.fromkeys(parents, DATASET.digest)
+    assert request_of("evaluation", config, parents) == request_digest("evaluation", judged, digests)
+
+    changed = load_config("small", None, ["prior.model.code_scale=dimension", "sampling.fine_guidance=1.5"])
+    for kind in ("prior", "evaluation"):
+        assert request_of(kind, changed, parents) != request_of(kind, config, parents)
