@@ -29,7 +29,7 @@ from coding import size_for_bits
 from drawn import Jury, Material, drawing, drawn_features, kept_array, kept_model, requests, trained
 from numpy.typing import NDArray
 from picture_sets import emoji_classes, emoji_splits, subset
-from pixel_diffusion import PixelTrial, draw_pixels, widest_unet
+from pixel_diffusion import SAMPLING_STEPS, PixelTrial, draw_pixels, widest_unet
 from runner import Benchmark, Figures, Target, code_digest, main, work_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -57,6 +57,8 @@ GUIDANCES = (1.0, 2.0, 4.0)
 PICTURES, QUICK_PICTURES = 1_000, 12
 CHOOSING, QUICK_CHOOSING = 100, 8
 """Pictures of each guidance that is tried."""
+QUICK_STEPS = 5
+"""Of DDIM, whose fifty steps at 64 x 64 take minutes for a dozen pictures."""
 UNET_RATE = 1e-3
 """Of its learning: the best of 5e-4, 1e-3 and 2e-3 is not known; this one is usual for a net so small."""
 Draw = Callable[[list[int], list[int]], Pictures]
@@ -104,8 +106,10 @@ class Contest:
             bits = configured(self.size.preset, changes).vq_config.bits
             rows, columns = (length // self.size.flat_stride for length in configured(self.size.preset).data.image_size)
             codes = size_for_bits(rows * columns, bits)
-            changes = [f"vq.model.strides=[{self.size.flat_stride}]", f"vq.model.codebook_sizes=[{codes}]"]
-        return configured(self.size.preset, [*changes, f"sampling.batch={24 if self.quick else 100}"], self.seed)
+            changes += [f"vq.model.strides=[{self.size.flat_stride}]", f"vq.model.codebook_sizes=[{codes}]"]
+        small = ["sampling.batch=24", "prior.model.width=64", "prior.model.depth=2"]
+        changes += small if self.quick else ["sampling.batch=100"]
+        return configured(self.size.preset, changes, self.seed)
 
     def seconds(self, usual: float) -> float:
         """Of training."""
@@ -189,7 +193,8 @@ class Contest:
         model.load_state_dict(load_file(kept))
         model.eval()
         side, classes = self.config("ours").data.image_size[0], len(emoji_classes())
-        return lambda scale: lambda seeds, asked: draw_pixels(model, side, classes, seeds, asked, scale)
+        steps = QUICK_STEPS if self.quick else SAMPLING_STEPS
+        return lambda scale: lambda seeds, asked: draw_pixels(model, side, classes, seeds, asked, scale, steps)
 
 
 def prior_drawing(material: Material, prior: HierarchicalPrior) -> Callable[[float], Draw]:

@@ -104,7 +104,13 @@ class PixelTrial(PriorTrial):
 
 @torch.no_grad()
 def draw_pixels(
-    model: nn.Module, side: int, classes: int, seeds: list[int], asked: list[int], scale: float
+    model: nn.Module,
+    side: int,
+    classes: int,
+    seeds: list[int],
+    asked: list[int],
+    scale: float,
+    steps: int = SAMPLING_STEPS,
 ) -> Pictures:
     """(n, H, W, 3) pictures by DDIM, guided unless the scale is 1."""
     from diffusers import DDIMScheduler
@@ -112,7 +118,7 @@ def draw_pixels(
     parts = []
     for first in range(0, len(seeds), BATCH):
         walk: Any = DDIMScheduler(CHAIN, beta_schedule="squaredcos_cap_v2")
-        walk.set_timesteps(SAMPLING_STEPS)
+        walk.set_timesteps(steps)
         some = seeds[first : first + BATCH]
         x = torch.stack([torch.randn((3, side, side), generator=torch.Generator().manual_seed(seed)) for seed in some])
         labels = torch.tensor(asked[first : first + BATCH])

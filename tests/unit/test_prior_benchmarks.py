@@ -131,11 +131,9 @@ def test_the_peer_trains_in_the_products_loop_and_draws_by_seed(material: drawn.
     before = [parameter.clone() for parameter in model.parameters()]
     run(trial, 16)
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pixel_diffusion, "SAMPLING_STEPS", 3)
-        together = pixel_diffusion.draw_pixels(model, 16, len(CLASSES), [5, 6, 7], [0, 1, -1], 2.0)
-        alone = pixel_diffusion.draw_pixels(model, 16, len(CLASSES), [6], [1], 2.0)
-        plain = pixel_diffusion.draw_pixels(model, 16, len(CLASSES), [7], [-1], 1.0)
+    together = pixel_diffusion.draw_pixels(model, 16, len(CLASSES), [5, 6, 7], [0, 1, -1], 2.0, steps=3)
+    alone = pixel_diffusion.draw_pixels(model, 16, len(CLASSES), [6], [1], 2.0, steps=3)
+    plain = pixel_diffusion.draw_pixels(model, 16, len(CLASSES), [7], [-1], 1.0, steps=3)
     assert together.shape == (3, 16, 16, 3)
     for found, place in ((alone, 1), (plain, 2)):
         assert np.abs(found[0].astype(int) - together[place]).max() <= 1, "a picture follows from its seed and class"
