@@ -89,4 +89,5 @@ def model_card(
 def _sampling(protocol: Mapping[str, Any]) -> str:
     drawn = protocol["sampling"]
     sampler = drawn.get("gaussian_sampler") or drawn.get("sampler")
-    return f"{sampler}, {drawn['steps']} steps, guidance {drawn['guidance']}"
+    fine = f", at the finest level at most {drawn['fine_guidance']}" if "fine_guidance" in drawn else ""
+    return f"{sampler}, {drawn['steps']} steps, guidance {drawn['guidance']}{fine}"
