@@ -28,7 +28,7 @@ from infra.storage import open_store
 from workflows.artifacts import read_manifest
 from workflows.config import RunConfig, SamplingSettings
 from workflows.data.batches import CodeTable, ImageTable
-from workflows.drawing.bundle import draw_labels, models_digest
+from workflows.drawing.bundle import draw_labels
 from workflows.drawing.generate import Pictures, draw_images
 from workflows.encode import encode_latents
 from workflows.evaluation.features import FeatureExtractor
@@ -38,6 +38,8 @@ from workflows.loading import config_from, load_config, read_remembered
 AT_ONCE = 500
 """Pictures that an interruption can cost."""
 FEATURE_SIZE, RIDGE, RESAMPLES = 64, 0.01, 500
+SMALL_NETWORK: tuple[tuple[str, Any], ...] = (("width", 64), ("depth", 4))
+"""Under prior.model: where many priors, or very many steps, must fit into an hour of two cores."""
 _WIDTH_95 = 2 * 1.96
 """Standard errors in a 95 % interval."""
 Model = TypeVar("Model", HierarchicalPrior, HierarchicalVQ)
@@ -228,6 +230,7 @@ def drawing(
     return lambda seeds, classes: draw_images(vq, prior, seeds, classes, sampling)
 
 
-def root_digest(root: Path) -> str:
-    """Of a root's models."""
-    return models_digest(root / "vq" / "model", root / "prior" / "model")
+def tokenizer_digest(root: Path) -> str:
+    """Of a root's tokenizer, as its manifest says."""
+    digest: str = read_manifest(open_store(str(root)).child("vq"), "hvqd train vq").digest
+    return digest

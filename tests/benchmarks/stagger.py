@@ -11,10 +11,10 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from drawn import (
+    SMALL_NETWORK,
     Jury,
     Material,
     bits_an_image,
@@ -23,6 +23,7 @@ from drawn import (
     kept_array,
     kept_model,
     requests,
+    tokenizer_digest,
     trained,
 )
 from gate_power import trained_root
@@ -31,8 +32,6 @@ from runner import Benchmark, Figures, Measure, Target, main, work_folder
 from trials import TURNS, images_per_second
 
 from hvqd_model import HierarchicalPrior
-from infra.storage import open_store
-from workflows.artifacts import read_manifest
 
 STAGGERS = (0.0, 0.25, 0.5, 1.0)
 PICTURES, QUICK_PICTURES = 2_000, 24
@@ -46,7 +45,7 @@ def name_of(stagger: float) -> str:
 
 def speeds(material: Material, turns: int) -> NDArray[np.float64]:
     """Images a second that each of the staggers trains on."""
-    found = images_per_second({name_of(at): material.trial(("stagger", at)) for at in STAGGERS}, turns)
+    found = images_per_second({name_of(at): material.trial(*SMALL_NETWORK, ("stagger", at)) for at in STAGGERS}, turns)
     return np.array([found[name_of(at)] for at in STAGGERS])
 
 
@@ -65,7 +64,7 @@ def figures_of(material: Material, jury: Jury, folder: Path, budget: int, pictur
     for at, speed in zip(STAGGERS, fast.tolist(), strict=True):
         name = name_of(at)
         images = max(1, round(budget * speed / fast[0] / batch)) * batch
-        trial = partial(material.trial, ("stagger", at))
+        trial = partial(material.trial, *SMALL_NETWORK, ("stagger", at))
         prior = kept_model(folder / f"prior-{name}", HierarchicalPrior, lambda t=trial, n=images: trained(t(), n))
         draw = drawing(material.vq, prior, material.config.sampling)
         features, seconds = drawn_features(folder / f"pictures-{name}", jury, seeds, asked, draw)
@@ -84,8 +83,7 @@ def measure(quick: bool, seed: int, root: Path | None = None) -> Figures:
         shutil.rmtree(folder, ignore_errors=True)
     else:
         root = root or trained_root()
-        digest: Any = read_manifest(open_store(str(root)).child("vq"), "hvqd train vq").digest
-        material, folder = Material.of_root(root), work_folder("stagger") / digest[:12]
+        material, folder = Material.of_root(root), work_folder("stagger") / tokenizer_digest(root)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     jury = Jury(material.train, material.judged, len(material.classes))
     budget, pictures = (QUICK_IMAGES, QUICK_PICTURES) if quick else (material.config.prior.train.images, PICTURES)
@@ -100,8 +98,9 @@ def parts(root: Path | None = None) -> Mapping[str, Measure]:
 BENCHMARK = Benchmark(
     name="stagger",
     what=(
-        "Priors of stagger 0, 0.25, 0.5 and 1 on the codes of one tokenizer of `tiny`, trained for the same time (that "
-        "of the preset's budget at stagger 0): bits of held-out codes, KID of 2,000 pictures with its standard error, "
+        "Priors of stagger 0, 0.25, 0.5 and 1 on the codes of one tokenizer of `tiny`, with a network of half the "
+        "preset's width and four blocks, trained for the same time (that of the preset's images at stagger 0): "
+        "bits of held-out codes, KID of 2,000 pictures with its standard error, "
         "recall, the share in which the asked class is recognised, and what training and drawing cost. "
         "`preset_to_best_kid` is the KID of the preset's stagger over the lowest."
     ),

@@ -1,8 +1,8 @@
 """KID over the number of steps, for every sampler of both kinds of noise.
 
-The prior of noise on codes is a root's own (`--root`, else that of `runs/tiny`, else one trained here). The one of
-Gaussian noise is trained here on the latents of the same tokenizer, with the same settings and as many images; it is
-kept. Everything that has been drawn is kept, too: an interruption costs a few hundred pictures.
+Both priors are trained here on the codes, or the latents, of one tokenizer (that of `--root`, else of `runs/tiny`, else
+one trained here), with the preset's settings and images but a small network, which they share: so many picture-steps
+of the preset's own take hours on two cores. Priors and pictures are kept: an interruption costs a few hundred pictures.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from drawn import Jury, Material, drawing, drawn_features, kept_model, requests, root_digest, trained
+from drawn import (
+    SMALL_NETWORK,
+    Jury,
+    Material,
+    drawing,
+    drawn_features,
+    kept_model,
+    requests,
+    tokenizer_digest,
+    trained,
+)
 from gate_power import trained_root
 from runner import Benchmark, Figures, Measure, Target, main, work_folder
 
-from hvqd_model import HierarchicalPrior, load_model
+from hvqd_model import HierarchicalPrior
 from workflows.config import SamplingSettings
 
 STEPS, QUICK_STEPS = (4, 8, 16, 32, 64, 128), (4, 16)
@@ -26,6 +36,8 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
     "discrete": ("confidence", "ancestral", "purity"),
     "gaussian": ("ddpm", "ddim", "dpm-solver++", "heun"),
 }
+NOISES: dict[str, tuple[tuple[str, str], ...]] = {"discrete": (), "gaussian": (("noise", "gaussian"),)}
+"""What a family changes in the preset."""
 SETTINGS = {"discrete": "sampler", "gaussian": "gaussian_sampler"}
 """The setting that names a sampler of the family."""
 
@@ -65,16 +77,12 @@ def measure(family: str, quick: bool, seed: int, root: Path | None = None) -> Fi
     if quick:
         return quick_curves(family)
     root = root or trained_root()
-    material, digest = Material.of_root(root), root_digest(root)[:12]
-    folder = work_folder("steps") / digest
-    folder.mkdir(exist_ok=True)
-    if family == "discrete":
-        prior = load_model(root / "prior" / "model")
-        assert isinstance(prior, HierarchicalPrior)
-    else:
-        trial = partial(material.trial, ("noise", "gaussian"))
-        images = material.config.prior.train.images
-        prior = kept_model(folder / "gaussian", HierarchicalPrior, lambda: trained(trial(), images))
+    material = Material.of_root(root)
+    folder = work_folder("steps") / tokenizer_digest(root)[:12] / family
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = partial(material.trial, *SMALL_NETWORK, *NOISES[family])
+    images = material.config.prior.train.images
+    prior = kept_model(folder / "prior", HierarchicalPrior, lambda: trained(trial(), images))
     jury = Jury(material.train, material.judged, len(material.classes))
     return curves(family, material, prior, jury, folder, material.config.sampling, STEPS, PICTURES)
 
@@ -82,8 +90,7 @@ def measure(family: str, quick: bool, seed: int, root: Path | None = None) -> Fi
 def quick_curves(family: str) -> Figures:
     """The same of a tokenizer and a prior of a few steps."""
     material = Material.hardly_trained()
-    changes = [("noise", "gaussian")] if family == "gaussian" else []
-    prior = trained(material.trial(*changes), 64)
+    prior = trained(material.trial(*SMALL_NETWORK, *NOISES[family]), 64)
     folder = work_folder("steps") / f"quick-{family}"
     shutil.rmtree(folder, ignore_errors=True)
     jury = Jury(material.train, material.judged, len(material.classes))
@@ -100,10 +107,10 @@ BENCHMARK = Benchmark(
     name="steps",
     what=(
         "KID of 2,000 pictures (classes as often as in the data, the preset's guidance) against the test pictures, at "
-        "4 to 128 steps of each sampler, and its standard error over concepts and samples. The prior of noise on codes "
-        "is a run's of `tiny`; that of Gaussian noise was trained on the latents of the same tokenizer with the same "
-        "settings and as many images. Heun asks the network twice a step. `16_to_128` compares the lowest KID of any "
-        "sampler at 16 steps with the lowest of any at 128."
+        "4 to 128 steps of each sampler, and its standard error over concepts and samples. The priors, one of noise on "
+        "codes and one of Gaussian noise, learned the codes and the latents of one tokenizer of `tiny` with the "
+        "preset's settings and images, but a network of half its width and four blocks. Heun asks the network twice a "
+        "step. `16_to_128` compares the lowest KID of any sampler at 16 steps with the lowest of any at 128."
     ),
     parts=parts(),
     repeats=1,
