@@ -5,15 +5,17 @@ Axes: n pictures of H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hvqd_model.codec.hierarchy import HierarchicalVQ
 from hvqd_model.prior.conditions import Conditions
+from hvqd_model.prior.prior import HierarchicalPrior
 from workflows.config import ComputeSettings, SamplingSettings
 from workflows.data.distributed import Summary, map_units
 from workflows.drawing.bundle import LoadedBundle
@@ -33,18 +35,44 @@ class _Chunk:
 class _Drawer:
     """Draws chunks with models that travelled here once."""
 
-    bundle: LoadedBundle
+    vq: HierarchicalVQ
+    prior: HierarchicalPrior
     sampling: SamplingSettings
 
     def __post_init__(self) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.bundle.vq.to(device)
-        self.bundle.prior.to(device)
+        self.vq.to(device)
+        self.prior.to(device)
 
     def __call__(self, chunk: _Chunk) -> Summary:
         """The chunk's pictures."""
-        images = draw_images(self.bundle.vq, self.bundle.prior, chunk.seeds, chunk.conditions, self.sampling)
+        images = draw_images(self.vq, self.prior, chunk.seeds, chunk.conditions, self.sampling)
         return {"first": chunk.first, "images": images}
+
+
+def in_this_process(compute: ComputeSettings) -> bool:
+    """Whether other processes could not draw faster: one worker, no cluster and no GPU are asked for."""
+    return compute.most_workers == 1 and compute.address is None and compute.gpus_per_worker == 0
+
+
+def batches_apart(
+    vq: HierarchicalVQ,
+    prior: HierarchicalPrior,
+    seeds: Sequence[int],
+    conditions: Conditions,
+    sampling: SamplingSettings,
+    compute: ComputeSettings,
+) -> Iterator[tuple[int, Pictures]]:
+    """The first picture's index and the pictures of every batch, in the order in which they are done.
+
+    Args:
+        compute: the cluster; as many processes draw as it offers the job CPUs, or GPUs where the job uses them.
+    """
+    vq.cpu(), prior.cpu()
+    chunks = [_chunk(seeds, conditions, first, sampling.batch) for first in range(0, len(seeds), sampling.batch)]
+    found: Any
+    for found in map_units(lambda: _Drawer(vq, prior, sampling), chunks, compute, on_gpus=True):
+        yield found["first"], found["images"]
 
 
 def draw_apart(
@@ -63,17 +91,11 @@ def draw_apart(
         compute: the cluster.
         progress: called with (pictures done, n).
     """
-    bundle = replace(bundle, text=None)  # captions are vectors by now
-    bundle.vq.cpu(), bundle.prior.cpu()
     cluster = compute.model_copy(update={"workers": workers, "threads_per_worker": 1})
-    chunks = [_chunk(seeds, conditions, first, sampling.batch) for first in range(0, len(seeds), sampling.batch)]
     parts: dict[int, Pictures] = {}
-    done = 0
-    found: Any
-    for found in map_units(lambda: _Drawer(bundle, sampling), chunks, cluster, on_gpus=True):
-        parts[found["first"]] = found["images"]
-        done += len(found["images"])
-        progress(done, len(seeds))
+    for first, images in batches_apart(bundle.vq, bundle.prior, seeds, conditions, sampling, cluster):
+        parts[first] = images
+        progress(sum(map(len, parts.values())), len(seeds))
     return np.concatenate([parts[first] for first in sorted(parts)])
 
 

@@ -81,7 +81,7 @@ def draw_codes(
     Raises:
         ValueError: no picture, seeds and classes of different numbers, a condition that the prior does not know.
     """
-    wanted = _asked(prior, asked)
+    wanted = as_asked(prior, asked)
     if not seeds or len(seeds) != len(wanted.labels):
         raise ValueError(
             f"seeds and labels must be as many, at least one: {len(seeds)} and {len(wanted.labels)}\n"
@@ -125,7 +125,8 @@ def draw_codes(
     return tuple(np.concatenate(level) for level in parts)
 
 
-def _asked(prior: HierarchicalPrior, asked: Sequence[int] | Conditions) -> Conditions:
+def as_asked(prior: HierarchicalPrior, asked: Sequence[int] | Conditions) -> Conditions:
+    """Conditions, or a class a picture as conditions; nobody's for a prior that knows no class."""
     if isinstance(asked, Conditions):
         return asked
     return Conditions(torch.tensor(list(asked) if prior.config.classes else [-1] * len(asked), dtype=torch.int64))

@@ -84,7 +84,7 @@ def evaluate(context: Context) -> Manifest:
         facts={"figures": values, "protocol_digest": digest_of(protocol), "kid_parts": judged.kid_parts},
         provenance={
             "seconds": round(time.monotonic() - started, 1),
-            "workers": 1,
+            "workers": context.config.compute.most_workers,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },

@@ -6,7 +6,7 @@ Axes: N test pictures, n pictures of a set, D features.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from workflows.context import Context
 from workflows.data.batches import CodeTable, ImageTable
 from workflows.data.splits import SPLITS
 from workflows.drawing.bundle import LoadedBundle
-from workflows.drawing.generate import Pictures, decode_codes, draw_images
+from workflows.drawing.draw_apart import batches_apart, in_this_process
+from workflows.drawing.generate import Pictures, as_asked, decode_codes, draw_images
 from workflows.encode import encode_batches
 from workflows.evaluation.features import FeatureExtractor
 from workflows.evaluation.figures import PictureSet
@@ -45,12 +46,19 @@ class Parts:
 
     def array(self, name: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
         """The array of this name, made now unless it is there."""
+        found = self.find(name)
+        return self.keep(name, make()) if found is None else found
+
+    def find(self, name: str) -> NDArray[Any] | None:
+        """The array of this name, if it is there and whole."""
         try:
             found: NDArray[Any] = np.load(io.BytesIO(self._store.read_bytes(f"{name}.npy")), allow_pickle=False)
-            return found
         except (FileNotFoundError, ValueError, EOFError):
-            pass
-        made = make()
+            return None
+        return found
+
+    def keep(self, name: str, made: NDArray[Any]) -> NDArray[Any]:
+        """The array, which is there from now on."""
         content = io.BytesIO()
         np.save(content, made, allow_pickle=False)
         self._store.write_bytes(f"{name}.npy", content.getvalue())
@@ -220,32 +228,61 @@ def drawn(
     *,
     with_classes: bool = True,
 ) -> PictureSet:
-    """Pictures drawn from a prior, chunk by chunk so that an interruption loses little.
+    """Pictures drawn from a prior by the job's processes, chunk by chunk so that an interruption loses little.
 
     Args:
         with_classes: ask for classes as often as the training pictures have them; else for none.
     """
-    config = subject.context.config
-    seeds = keys_of(count, "evaluation sample", config.evaluation.seed)
+    seed = subject.context.config.evaluation.seed
     labels = _drawn_labels(subject, count) if with_classes else np.full(count, -1, dtype=np.int64)
+    keys = np.array(keys_of(count, "evaluation sample", seed))
     size = sampling.batch * -(-_CHUNK // sampling.batch)
-    chunks = []
-    for start in range(0, count, size):
-        end = min(start + size, count)
+    chunks = {start: subject.parts.find(f"{name}-{start:06d}") for start in range(0, count, size)}
+    missing = [start for start, found in chunks.items() if found is None]
+    rows = np.concatenate([np.arange(0), *(np.arange(start, min(start + size, count)) for start in missing)])
+    waiting = {start: dict[int, Pictures]() for start in missing}
+    say, begun = subject.say(f"{name} drawn"), count - len(rows)
+    batches = _batches(
+        subject, prior, keys[rows].tolist(), labels[rows], sampling, lambda done: say(begun + done, count)
+    )
+    for first, pictures in batches:
+        start = int(rows[first]) // size * size
+        waiting[start][first] = pictures
+        if sum(map(len, waiting[start].values())) == min(size, count - start):
+            whole = np.concatenate([found for _, found in sorted(waiting.pop(start).items())])
+            chunks[start] = subject.parts.keep(f"{name}-{start:06d}", whole)
+    everything: Pictures = np.concatenate([found for found in chunks.values() if found is not None])
+    return PictureSet(everything, subject.features_of(name, everything), labels, np.arange(count))
 
-        def make(start: int = start, end: int = end) -> NDArray[np.uint8]:
-            return draw_images(
-                subject.vq,
-                prior,
-                seeds[start:end],
-                labels[start:end].tolist(),
-                sampling,
-                lambda done, _: subject.say(f"{name} drawn")(start + done, count),
-            )
 
-        chunks.append(subject.parts.array(f"{name}-{start:06d}", make))
-    pictures: Pictures = np.concatenate(chunks)
-    return PictureSet(pictures, subject.features_of(name, pictures), labels, np.arange(count))
+def _batches(
+    subject: Subject,
+    prior: HierarchicalPrior,
+    seeds: Sequence[int],
+    labels: NDArray[np.int64],
+    sampling: SamplingSettings,
+    say: Callable[[int], None],
+) -> Iterator[tuple[int, Pictures]]:
+    """The first picture's index and the pictures of every batch, in any order, from all processes the job may have.
+
+    Args:
+        say: called with the pictures done.
+    """
+    compute, done = subject.context.config.compute, 0
+    if not in_this_process(compute):
+        asked = as_asked(prior, labels.tolist())
+        for first, pictures in batches_apart(subject.vq, prior, seeds, asked, sampling, compute):
+            yield first, pictures
+            done += len(pictures)
+            say(done)
+        return
+    for first in range(0, len(seeds), sampling.batch):
+        here = slice(first, first + sampling.batch)
+
+        def report(done: int, _: int, first: int = first) -> None:
+            say(first + done)
+
+        yield first, draw_images(subject.vq, prior, seeds[here], labels[here].tolist(), sampling, report)
 
 
 def untrained(subject: Subject) -> HierarchicalPrior:
