@@ -322,7 +322,10 @@ class GaussianNoise(Settings):
     """How signal turns into noise over time; edm is that of Karras et al., with its own steps."""
     zero_terminal_snr: bool = False
     """Stretch the schedule so that nothing of the picture is left at its end, as when sampling starts (not edm)."""
-    prediction: Prediction = "v"
+    latent_scale: Literal["level", "channel"] = "level"
+    """What latents are divided by: a level's largest deviation, so that noise hides a channel the sooner the less it
+    holds, as in pixels; or every channel's own."""
+    prediction: Prediction = "x0"
     """What the network says: the noise (epsilon), the clean latents (x0), or v between them."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """Training weight min(SNR, gamma) of the error of x0 (5 is usual); null weighs all errors alike."""

@@ -34,8 +34,13 @@ def settings(**changes: Any) -> PriorConfig:
 
 
 def gaussian_settings(**changes: Any) -> PriorConfig:
-    """The same with Gaussian noise, on latents of another number of channels at each level."""
-    return settings(**{"noise": "gaussian", "code_dim": (3, 2, 4)} | changes)
+    """The same with Gaussian noise, on latents of another number of channels at each level.
+
+    Every channel has a deviation of 1 and the network says v, unless asked otherwise, so that a network that says
+    nothing is wrong by 1.
+    """
+    gaussian = {"latent_scale": "channel", "prediction": "v"} | changes.pop("gaussian", {})
+    return settings(**{"noise": "gaussian", "code_dim": (3, 2, 4), "gaussian": gaussian} | changes)
 
 
 def statistics(config: PriorConfig) -> list[LatentStatistics]:

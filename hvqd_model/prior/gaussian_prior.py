@@ -48,6 +48,8 @@ class GaussianProcess(FrozenBuffers):
         self.config = config
         self.sizes = [rows * columns for rows, columns in config.grids]
         self.schedule = gaussian_schedule(config.gaussian.schedule, config.gaussian.zero_terminal_snr)
+        if statistics is not None and config.gaussian.latent_scale == "level":
+            statistics = [level.of_level() for level in statistics]
         self.normalizer = Normalizer(config.code_dims, statistics)
 
     def objective(

@@ -1,4 +1,4 @@
-"""Latents as the denoiser reads and writes them, and what brings them to unit variance.
+"""Latents as the denoiser reads and writes them, and what brings them to the scale of the noise.
 
 Axes: B images, N positions of a level, C latent channels (the code's dimensions), D channels, R rows, K codes.
 """
@@ -21,7 +21,11 @@ class LatentStatistics(NamedTuple):
     mean: Tensor
     """(C,)"""
     deviation: Tensor
-    """(C,), above 0."""
+    """(C,), above 0; what latents are divided by."""
+
+    def of_level(self) -> LatentStatistics:
+        """The same with one deviation for all channels, the largest."""
+        return LatentStatistics(self.mean, self.deviation.max().expand_as(self.deviation).clone())
 
 
 class LatentEmbedding(FrozenBuffers):
@@ -90,7 +94,7 @@ class Normalizer(FrozenBuffers):
         return LatentStatistics(self.get_buffer(f"mean_{level}"), self.get_buffer(f"deviation_{level}"))
 
     def normalized(self, level: int, latents: Tensor) -> Tensor:
-        """(..., C) float32 latents of mean 0 and deviation 1."""
+        """(..., C) float32 latents of mean 0, divided by their deviations."""
         mean, deviation = self.statistics(level)
         return (latents.float() - mean) / deviation
 

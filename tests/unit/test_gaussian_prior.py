@@ -58,6 +58,19 @@ def test_a_network_that_says_nothing_has_the_loss_1_for_normalised_latents(predi
     assert float(output.loss) == pytest.approx(1, abs=0.03)
 
 
+def test_a_level_is_divided_by_its_largest_deviation_or_channel_by_channel() -> None:
+    config = gaussian_settings(gaussian={"latent_scale": "level"})
+    by_level, by_channel = fresh(config).process, fresh(gaussian_settings()).process
+    assert isinstance(by_level, GaussianProcess) and isinstance(by_channel, GaussianProcess)
+    for level, (mean, deviation) in enumerate(statistics(config)):
+        latents = mean + deviation * normal(torch.arange(4000), (len(mean),), "latents")
+        alike = by_channel.normalizer.normalized(level, latents).std(0)
+        torch.testing.assert_close(alike, torch.ones_like(alike), rtol=0, atol=0.05)
+        found = by_level.normalizer.normalized(level, latents)
+        torch.testing.assert_close(found.std(0), deviation / deviation.max(), rtol=0.05, atol=0)
+        assert float(found.mean(0).abs().max()) < 0.05
+
+
 @pytest.mark.parametrize("stagger", [0.0, 0.4, 1.0])
 def test_one_level_equals_the_flat_model_written_out(stagger: float) -> None:
     config = gaussian_settings(

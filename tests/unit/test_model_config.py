@@ -271,4 +271,4 @@ def test_every_setting_is_documented() -> None:
         for name, field in kind.model_fields.items():
             assert field.description, f"{kind.__name__}.{name}"
             documented += 1
-    assert documented == 21 + 27 + 4
+    assert documented == 21 + 27 + 5

@@ -25,6 +25,7 @@ from hvqd_model import HierarchicalPrior
 from tests.tiny_training import CLASSES, image_table
 from tests.unit.test_benchmark_helpers import TINY
 
+BY_CHANNEL = ("gaussian", {"latent_scale": "channel", "prediction": "v"})
 CHANGES = (*TINY, "vq.model.level_dropout=0", "sampling.batch=8", "sampling.steps=2", "sampling.guidance=2")
 STEPS = 16  # batches of 8
 
@@ -46,7 +47,7 @@ def jury(material: drawn.Material) -> drawn.Jury:
 
 
 def test_a_gaussian_prior_is_given_the_statistics_of_the_training_latents(material: drawn.Material) -> None:
-    prior = material.trial(("noise", "gaussian")).model
+    prior = material.trial(("noise", "gaussian"), BY_CHANNEL).model
     table = material.coded(material.train, with_latents=True)
     assert prior.statistics is not None and len(prior.statistics) == 2
     for statistics, latents in zip(prior.statistics, table.latents, strict=True):
@@ -60,8 +61,8 @@ def test_a_gaussian_prior_is_given_the_statistics_of_the_training_latents(materi
 def test_curves_have_every_sampler_at_every_number_of_steps_and_draw_nothing_twice(
     material: drawn.Material, jury: drawn.Jury, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = [("noise", "gaussian")] if family == "gaussian" else []
-    prior = drawn.trained(material.trial(*changes), STEPS)
+    changes = () if family == "discrete" else (BY_CHANNEL,)  # which tells samplers apart before it has learned
+    prior = drawn.trained(material.trial(*steps.NOISES[family], *changes), STEPS)
     asked: list[int] = []
     real = drawn.draw_images
 
