@@ -23,12 +23,13 @@ from tests.tiny_training import (
 )
 from workflows.config import ComputeSettings, SamplingSettings
 from workflows.context import Context
+from workflows.drawing.draw_apart import in_this_process
 from workflows.evaluation.features import FeatureExtractor
 from workflows.evaluation.sets import Parts, Split, Subject, drawn
 from workflows.loading import load_config
 
 PICTURES, A_PART = 520, 256
-SAMPLING = SamplingSettings(steps=3, guidance=2.0, batch=64)
+SAMPLING = SamplingSettings(steps=3, guidance=2.0, batch=16)
 
 
 @dataclass
@@ -99,3 +100,9 @@ def test_two_processes_draw_what_one_draws_and_only_what_is_missing(tmp_path: Pa
     two = replace(two, context=replace(two.context, progress=again))
     assert np.array_equal(drawn(two, "samples", two.prior, PICTURES, SAMPLING).pictures, wanted.pictures)
     assert min(again.done) > PICTURES - A_PART and again.done[-1] == PICTURES
+
+
+def test_processes_start_where_they_are_worth_it() -> None:
+    assert in_this_process(1000, ComputeSettings()) and in_this_process(15, ComputeSettings(workers=2))
+    assert not in_this_process(16, ComputeSettings(workers=2))
+    assert not in_this_process(1, ComputeSettings(gpus_per_worker=1)), "this process draws on the CPU"

@@ -50,9 +50,15 @@ class _Drawer:
         return {"first": chunk.first, "images": images}
 
 
-def in_this_process(compute: ComputeSettings) -> bool:
-    """Whether other processes could not draw faster: one worker, no cluster and no GPU are asked for."""
-    return compute.most_workers == 1 and compute.address is None and compute.gpus_per_worker == 0
+_WORTH_BATCHES = 8
+"""Batches for each process, below which starting processes takes longer than drawing on a CPU."""
+
+
+def in_this_process(batches: int, compute: ComputeSettings) -> bool:
+    """Whether other processes would hardly draw faster: there is little to draw, and no GPU to draw on."""
+    return compute.gpus_per_worker == 0 and (
+        compute.most_workers == 1 or batches < _WORTH_BATCHES * compute.most_workers
+    )
 
 
 def batches_apart(

@@ -269,7 +269,7 @@ def _batches(
         say: called with the pictures done.
     """
     compute, done = subject.context.config.compute, 0
-    if not in_this_process(compute):
+    if not in_this_process(-(-len(seeds) // sampling.batch), compute):
         asked = as_asked(prior, labels.tolist())
         for first, pictures in batches_apart(subject.vq, prior, seeds, asked, sampling, compute):
             yield first, pictures
