@@ -318,7 +318,7 @@ class VQConfig(VQArchitecture):
 class GaussianNoise(Settings):
     """Noise on the latents behind the codes."""
 
-    schedule: GaussianScheduleName = "cosine"
+    schedule: GaussianScheduleName = "linear"
     """How signal turns into noise over time; edm is that of Karras et al., with its own steps."""
     zero_terminal_snr: bool = False
     """Stretch the schedule so that nothing of the picture is left at its end, as when sampling starts (not edm)."""

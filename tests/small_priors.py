@@ -39,7 +39,7 @@ def gaussian_settings(**changes: Any) -> PriorConfig:
     Every channel has a deviation of 1 and the network says v, unless asked otherwise, so that a network that says
     nothing is wrong by 1.
     """
-    gaussian = {"latent_scale": "channel", "prediction": "v"} | changes.pop("gaussian", {})
+    gaussian = {"schedule": "cosine", "latent_scale": "channel", "prediction": "v"} | changes.pop("gaussian", {})
     return settings(**{"noise": "gaussian", "code_dim": (3, 2, 4), "gaussian": gaussian} | changes)
 
 

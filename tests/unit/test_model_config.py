@@ -184,7 +184,7 @@ def test_what_a_hint_proposes_is_accepted() -> None:
     assert PriorArchitecture(width=96).width == 96
     assert PriorArchitecture(width=64, heads=16).heads == 16
     assert PriorArchitecture(noise="mask-and-replace", loss="kl").loss == "kl"
-    assert GaussianNoise(zero_terminal_snr=True, prediction="v").schedule == "cosine"
+    assert GaussianNoise(zero_terminal_snr=True, prediction="v").schedule == "linear"
 
 
 BOUNDS: list[tuple[type[Settings], str, float, str]] = [

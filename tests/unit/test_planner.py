@@ -186,6 +186,7 @@ def test_cost_is_hours_times_devices_times_price() -> None:
     plan = estimate(config, prices=table(4, hour=2.0), pictures=KNOWN)
     training = sum(stage.hours for stage in plan.stages)
     assert plan.cost == pytest.approx(2.0 * (2 * training + plan.other_hours))
+    assert plan.other_hours > 0 and plan.hours == pytest.approx(training + plan.other_hours / 2), "both encode and draw"
 
 
 def test_the_preset_for_one_gpu_fits_a_small_one() -> None:

@@ -129,7 +129,7 @@ class Plan:
     """Price of keeping it for a month."""
     devices: int
     other_hours: float
-    """Encoding and evaluation, on one device each."""
+    """Of one device: encoding and the evaluation's pictures, which all devices share."""
     cost: float
     assumptions: tuple[str, ...]
     changes: tuple[Change, ...] = field(default=())
@@ -148,7 +148,7 @@ class Plan:
     @property
     def hours(self) -> float:
         """From the first step to the last."""
-        return sum(stage.hours for stage in self.stages) + self.other_hours
+        return sum(stage.hours for stage in self.stages) + self.other_hours / self.devices
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -428,7 +428,10 @@ def _storage(config: RunConfig, stages: tuple[StagePlan, ...], pictures: Picture
 def _other_hours(
     config: RunConfig, footprints: dict[StageName, StageFootprint], machine: Machine, pictures: Pictures
 ) -> float:
-    """Encoding every picture and drawing the evaluation's samples; a forward is a third of a training step's work."""
+    """Of one device, to encode every picture and draw the evaluation's samples.
+
+    A forward is a third of a training step's work.
+    """
     encode = micro_seconds(footprints["vq"].micro, machine) / 3 / config.vq.train.micro_batch
     draw = micro_seconds(footprints["prior"].micro, machine) / 3 / config.prior.train.micro_batch
     passes = config.sampling.steps * (1 if config.sampling.guidance in (0, 1) else 2)
