@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infra.errors import InputError
-from workflows.commands.job import Job, with_options
+from workflows.commands.job import Job, OptionGroup, with_options
 
 if TYPE_CHECKING:
     from workflows.drawing.editing import EditRequest
 
 edit_app = typer.Typer(help="Change pictures through their codes.", no_args_is_help=True)
 
-_Class = Annotated[str | None, typer.Option("--class", help="Class name; without it, as the picture has it.")]
 _Style = Annotated[str | None, typer.Option("--style", help="Name of a style that the model has learned.")]
 _Text = Annotated[str | None, typer.Option("--text", help="A caption.")]
 _Model = Annotated[str | None, typer.Option("--model", help="Model folder or version; default the champion.")]
@@ -25,11 +25,22 @@ _Guidance = Annotated[
     str | None,
     typer.Option("--guidance", help="Classifier-free guidance; 1 is none. One number, or class=3,style=1.5."),
 ]
-_Sheet = Annotated[Path, typer.Option("--out", help="PNG file of the sheet.")]
 _Keep = Annotated[
     int | None, typer.Option("--keep", help="Coarse levels that stay as they are. Default all but the finest.")
 ]
 _Count = Annotated[int, typer.Option("-n", help="How many results.")]
+
+
+@dataclass(frozen=True)
+class _Edit(OptionGroup):
+    """What every edit of a picture takes."""
+
+    out: Annotated[Path, typer.Option("--out", help="PNG file of the sheet.")]
+    label: Annotated[str | None, typer.Option("--class", help="Class name; without it, as the picture has it.")] = None
+    style: _Style = None
+    text: _Text = None
+    model: _Model = None
+    guidance: _Guidance = None
 
 
 def _settings(job: Job, steps: int | None, guidance: str | None, sampler: str | None = None) -> None:
@@ -106,26 +117,21 @@ def interpolate(
     job: Job,
     first: Annotated[str, typer.Argument(help="A picture.")],
     second: Annotated[str, typer.Argument(help="Another picture.")],
-    out: _Sheet,
+    edit: _Edit,
     frames: Annotated[int, typer.Option("--steps", help="Frames, both ends included.")] = 8,
     redraw: Annotated[
         float, typer.Option("--redraw", help="Share of the differing codes that the middle frame draws anew, 0 to 1.")
     ] = 0.5,
-    label: _Class = None,
-    style: _Style = None,
-    text: _Text = None,
-    model: _Model = None,
-    guidance: _Guidance = None,
 ) -> None:
     """Go from one picture to another through their codes; the ends are their reconstructions, bit for bit."""
-    _settings(job, None, guidance)
+    _settings(job, None, edit.guidance)
 
     def make(request: EditRequest) -> dict[str, Any]:
         from workflows.drawing.editing import interpolate as go_between
 
         return go_between(request, second, frames, redraw, job.config)
 
-    _edit(job, first, (label, style, text), model, 1, out, make)
+    _run(job, first, edit, 1, make)
 
 
 @edit_app.command("inpaint")
@@ -134,25 +140,20 @@ def inpaint(
     job: Job,
     path: Annotated[str, typer.Argument(help="A picture.")],
     mask: Annotated[str, typer.Option("--mask", help="A picture of the same size; what is white is the hole.")],
-    out: _Sheet,
+    edit: _Edit,
     dilation: Annotated[int, typer.Option("--dilation", help="Fine codes around the hole that are drawn with it.")] = 1,
     count: _Count = 4,
-    label: _Class = None,
-    style: _Style = None,
-    text: _Text = None,
-    model: _Model = None,
     steps: _Steps = None,
-    guidance: _Guidance = None,
 ) -> None:
     """Fill a hole; every pixel outside it stays as it is."""
-    _settings(job, steps, guidance)
+    _settings(job, steps, edit.guidance)
 
     def make(request: EditRequest) -> dict[str, Any]:
         from workflows.drawing.editing import fill
 
         return fill(request, mask, dilation, job.config)
 
-    _edit(job, path, (label, style, text), model, count, out, make)
+    _run(job, path, edit, count, make)
 
 
 @edit_app.command("upscale")
@@ -160,25 +161,20 @@ def inpaint(
 def upscale(
     job: Job,
     path: Annotated[str, typer.Argument(help="A picture smaller than the model's, of the same shape.")],
-    out: _Sheet,
+    edit: _Edit,
     keep: _Keep = None,
     count: _Count = 4,
-    label: _Class = None,
-    style: _Style = None,
-    text: _Text = None,
-    model: _Model = None,
     steps: _Steps = None,
-    guidance: _Guidance = None,
 ) -> None:
     """Make a small picture as large as the model's: coarse levels stay, details are drawn."""
-    _settings(job, steps, guidance)
+    _settings(job, steps, edit.guidance)
 
     def make(request: EditRequest) -> dict[str, Any]:
         from workflows.drawing.editing import enlarge
 
         return enlarge(request, keep, job.config)
 
-    _edit(job, path, (label, style, text), model, count, out, make)
+    _run(job, path, edit, count, make)
 
 
 @edit_app.command("restyle")
@@ -186,27 +182,22 @@ def upscale(
 def restyle(
     job: Job,
     path: Annotated[str, typer.Argument(help="A picture.")],
-    out: _Sheet,
+    edit: _Edit,
     like: Annotated[str | None, typer.Option("--like", help="A picture whose style is taken.")] = None,
-    style: _Style = None,
     strength: Annotated[float, typer.Option("--strength", help="Share of the fine codes drawn anew, 0 to 1.")] = 0.7,
     keep: _Keep = None,
     count: _Count = 4,
-    label: _Class = None,
-    text: _Text = None,
-    model: _Model = None,
     steps: _Steps = None,
-    guidance: _Guidance = None,
 ) -> None:
     """Show a picture in another style: its coarse levels stay, the fine ones follow the style."""
-    _settings(job, steps, guidance)
+    _settings(job, steps, edit.guidance)
 
     def make(request: EditRequest) -> dict[str, Any]:
         from workflows.drawing.editing import restyle as show_in
 
         return show_in(request, like, strength, keep, job.config)
 
-    _edit(job, path, (label, style, text), model, count, out, make)
+    _run(job, path, edit, count, make)
 
 
 @with_options
@@ -247,24 +238,17 @@ def augment(
     job.answer({"status": 0, **result}, str(result["folder"]))
 
 
-def _edit(
-    job: Job,
-    path: str,
-    asked: tuple[str | None, str | None, str | None],
-    model: str | None,
-    count: int,
-    out: Path,
-    make: Callable[[EditRequest], dict[str, Any]],
-) -> None:
+def _run(job: Job, path: str, edit: _Edit, count: int, make: Callable[[EditRequest], dict[str, Any]]) -> None:
     """Run an edit and say what it wrote."""
     _ = job.config  # before a log is begun: what is wrong with it leaves nothing behind
     from workflows.drawing.asking import Asked
     from workflows.drawing.editing import EditRequest
 
-    request = EditRequest(path, Asked(*asked), model, job.seed or 0, count, out)
+    asked = Asked(edit.label, edit.style, edit.text)
+    request = EditRequest(path, asked, edit.model, job.seed or 0, count, edit.out)
     if job.dry_run:
-        plan = {**vars(request), "asked": request.asked.as_json(), "out": str(out)}
-        job.answer({"status": 0, "plan": plan}, f"would edit {path} to {out}")
+        plan = {**vars(request), "asked": asked.as_json(), "out": str(edit.out)}
+        job.answer({"status": 0, "plan": plan}, f"would edit {path} to {edit.out}")
         return
     job.quiet()
     result = make(request)

@@ -122,15 +122,31 @@ class Job:
             print(text, file=self.streams.out, flush=True)
 
 
+class OptionGroup:
+    """Options that some commands share: a dataclass of annotated fields, taken by the commands as one argument."""
+
+
 def with_options(body: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the common options: `body(job, …)` becomes a function that typer can read."""
-    own = [
-        parameter for parameter in inspect.signature(body, eval_str=True).parameters.values() if parameter.name != "job"
-    ]
+    """Give a command the common options: `body(job, …)` becomes a function that typer can read.
+
+    An argument that is an OptionGroup becomes the options that are its fields.
+    """
+    own: list[inspect.Parameter] = []
+    groups: dict[str, tuple[type[OptionGroup], list[str]]] = {}
+    for parameter in inspect.signature(body, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if isinstance(kind, type) and issubclass(kind, OptionGroup):
+            fields = list(inspect.signature(kind, eval_str=True).parameters.values())
+            groups[parameter.name] = kind, [field.name for field in fields]
+            own += fields
+        elif parameter.name != "job":
+            own.append(parameter)
 
     def command(**values: Any) -> None:
         common = {name: values.pop(name) for name in _OPTIONS}
         job = Job(**{**common, "overrides": common["overrides"] or []})
+        for name, (kind, fields) in groups.items():
+            values[name] = kind(**{field: values.pop(field) for field in fields})
         run_job(job, functools.partial(body, **values))
 
     shared = [
