@@ -91,7 +91,20 @@ class EMAQuantizer(Quantizer):
         return torch.tensor(float(len(dead)), device=self.counts.device)
 
 
-class GradientQuantizer(Quantizer):
+class _PulledQuantizer(Quantizer):
+    """Codes follow from parameters that the alignment loss pulls."""
+
+    @property
+    def codebook_learns_by_gradient(self) -> bool:
+        """The loss pulls them."""
+        return True
+
+    def update(self, statistics: CodebookStatistics, key: int) -> Tensor:
+        """Nothing to do: the optimizer moves them."""
+        return torch.zeros(())
+
+
+class GradientQuantizer(_PulledQuantizer):
     """Codes are parameters pulled by the alignment loss."""
 
     def __init__(self, **base: Any) -> None:
@@ -104,23 +117,14 @@ class GradientQuantizer(Quantizer):
         codes = self.embedding.float()
         return F.normalize(codes, dim=1) if self.normalize else codes
 
-    @property
-    def codebook_learns_by_gradient(self) -> bool:
-        """The loss pulls the codes."""
-        return True
-
     @torch.no_grad()
     def start(self, vectors: Tensor, key: int) -> None:
         """Begin with the centres of k-means."""
         self.embedding.copy_(kmeans(self.prepare(vectors), self.codes, key))
         self.started.fill_(True)
 
-    def update(self, statistics: CodebookStatistics, key: int) -> Tensor:
-        """Nothing to do: the optimizer moves the codes."""
-        return torch.zeros(())
 
-
-class SimVQQuantizer(Quantizer):
+class SimVQQuantizer(_PulledQuantizer):
     """Codes are a learned linear map of frozen vectors, so that every code moves with every step.
 
     The frozen vectors are the centres of k-means and not random ones as in the paper: random ones lie around zero, the
@@ -140,20 +144,11 @@ class SimVQQuantizer(Quantizer):
         codes = F.linear(self.frozen, self.map.float())
         return F.normalize(codes, dim=1) if self.normalize else codes
 
-    @property
-    def codebook_learns_by_gradient(self) -> bool:
-        """The loss pulls the map."""
-        return True
-
     @torch.no_grad()
     def start(self, vectors: Tensor, key: int) -> None:
         """Freeze the centres of k-means; the map begins as the identity."""
         self.frozen.copy_(kmeans(self.prepare(vectors), self.codes, key))
         self.started.fill_(True)
-
-    def update(self, statistics: CodebookStatistics, key: int) -> Tensor:
-        """Nothing to do: the optimizer moves the map."""
-        return torch.zeros(())
 
 
 class FSQQuantizer(Quantizer):
