@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drawn import (
+    SMALL_BATCH,
     SMALL_NETWORK,
     Jury,
     Material,
@@ -33,8 +34,6 @@ from workflows.config import SamplingSettings
 
 STEPS, QUICK_STEPS = (4, 8, 16, 32, 64, 128), (4, 16)
 PICTURES, QUICK_PICTURES = 2_000, 24
-BATCH = 100
-"""A small network is faster on more pictures at once."""
 SAMPLERS: dict[str, tuple[str, ...]] = {
     "discrete": ("confidence", "ancestral", "purity"),
     "gaussian": ("ddpm", "ddim", "dpm-solver++", "heun"),
@@ -67,7 +66,11 @@ def curves(
     best: dict[int, float] = {}
     for count in steps:  # all samplers at few steps first: those say most
         for sampler in SAMPLERS[family]:
-            changes = GUIDANCES[family] | {"steps": count, SETTINGS[family]: sampler, "batch": min(BATCH, pictures)}
+            changes = GUIDANCES[family] | {
+                "steps": count,
+                SETTINGS[family]: sampler,
+                "batch": min(SMALL_BATCH, pictures),
+            }
             settings = sampling.model_copy(update=changes)
             draw = drawing(material.vq, prior, settings)
             features, _ = drawn_features(folder / f"{sampler}-{count}", jury, seeds, asked, draw)
