@@ -58,11 +58,11 @@ class FeatureExtractor:
         """
         found = np.empty((len(images), 1280), dtype=np.float32)
         for start in range(0, len(images), _BATCH):
-            part = np.asarray(images[start : start + _BATCH])
+            part = np.array(images[start : start + _BATCH])  # a copy: a mapped file may not be written to
             missing = _BATCH - len(part)
             if missing:  # a fixed batch: other shapes may round differently
                 part = np.concatenate([part, np.repeat(part[:1], missing, axis=0)])
-            features = self._features(torch.from_numpy(np.ascontiguousarray(part)))
+            features = self._features(torch.from_numpy(part))
             found[start : start + _BATCH] = features[: _BATCH - missing].numpy()
             if progress is not None:
                 progress(min(start + _BATCH, len(images)), len(images))
