@@ -17,7 +17,7 @@ import pytest
 from infra.storage import Store, renew
 from tests.chaos import MARK
 from tests.command_line import environment, run_hvqd, start_hvqd
-from tests.ray_nodes import QUICK_HEALTH, InThread, awaited, end_all, has_checkpoint, kill_node, ray_nodes
+from tests.losable_cluster import QUICK_HEALTH, InThread, awaited, end_all, has_checkpoint, kill_node, losable_cluster
 from tests.said import Said
 from tests.services import S3Server, free_ports
 from workflows.context import Context
@@ -63,7 +63,7 @@ def test_a_lost_machine_is_replaced_by_another_and_the_result_is_that_of_an_undi
 ) -> None:
     root, whole = Store(f"s3://{s3_server.bucket}/lost-node"), undisturbed(tmp_path, here)
     root.child("dataset").upload_folder(whole.child("dataset").path)
-    with ray_nodes(monkeypatch, "127.0.0.3") as cluster:
+    with losable_cluster(monkeypatch, "127.0.0.3") as cluster:
         training, said = train_on(cluster, root, "compute.workers=2")
         alive = training.thread.is_alive
         awaited("a checkpoint", lambda: has_checkpoint(root.child("vq", "checkpoints")), alive, lambda: said.lines)
@@ -83,7 +83,7 @@ def test_a_training_grows_when_a_machine_joins_and_goes_on_with_fewer_when_it_is
     root = Store(f"s3://{s3_server.bucket}/elastic")
     root.child("dataset").upload_folder(undisturbed(tmp_path, here, train=False).child("dataset").path)
     checkpoints = root.child("vq", "checkpoints")
-    with ray_nodes(monkeypatch) as cluster:
+    with losable_cluster(monkeypatch) as cluster:
         training, said = train_on(cluster, root, "compute.workers={min: 1, max: 2}", "vq.train.images=6400")
         alive = training.thread.is_alive
         awaited("a checkpoint of one", lambda: has_checkpoint(checkpoints, 1), alive, lambda: said.lines)

@@ -1,4 +1,4 @@
-"""Ray clusters of several machines, each on a loopback address of its own."""
+"""Ray clusters whose machines a test may lose, each on a loopback address of its own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def end_all(mark: str) -> None:
 
 
 @contextmanager
-def ray_nodes(monkeypatch: pytest.MonkeyPatch, *others: str) -> Iterator[Any]:
+def losable_cluster(monkeypatch: pytest.MonkeyPatch, *others: str) -> Iterator[Any]:
     """A cluster of a head and machines at these addresses, one CPU each, and this process attached to it."""
     for name, value in QUICK_HEALTH.items():
         monkeypatch.setenv(name, value)
