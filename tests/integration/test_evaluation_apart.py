@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvqd_model import HierarchicalVQ, load_model
 from infra.storage import open_store
 from tests.tiny_training import (
     CODE_DIM,
@@ -23,7 +24,7 @@ from tests.tiny_training import (
 )
 from workflows.config import ComputeSettings, SamplingSettings
 from workflows.context import Context
-from workflows.drawing.draw_apart import in_this_process
+from workflows.drawing.draw_apart import in_this_process, laid_down
 from workflows.evaluation.features import FeatureExtractor
 from workflows.evaluation.sets import Parts, Split, Subject, drawn
 from workflows.loading import load_config
@@ -106,3 +107,15 @@ def test_processes_start_where_they_are_worth_it() -> None:
     assert in_this_process(1000, ComputeSettings()) and in_this_process(15, ComputeSettings(workers=2))
     assert not in_this_process(16, ComputeSettings(workers=2))
     assert not in_this_process(1, ComputeSettings(gpus_per_worker=1)), "this process draws on the CPU"
+
+
+def test_models_lie_where_all_nodes_see_them_while_they_draw(tmp_path: Path) -> None:
+    subject = subject_of(tmp_path / "root", ComputeSettings(), Told())
+    shared = subject.parts.folder("models-samples")
+    for address in (None, "head:6379"):
+        with laid_down(subject.vq, subject.prior, ComputeSettings(address=address), shared) as models:
+            assert (models.url == shared.url) == (address is not None)
+            loaded = load_model(models.path / "prior")
+            assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), subject.prior.parameters(), strict=True))
+            assert isinstance(load_model(models.path / "vq"), HierarchicalVQ)
+        assert not models.path.exists() and shared.is_empty()

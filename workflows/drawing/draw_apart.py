@@ -5,17 +5,21 @@ Axes: n pictures of H x W pixels.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hvqd_model.codec.hierarchy import HierarchicalVQ
+from hvqd_model import HierarchicalPrior, HierarchicalVQ, load_model, save_model
 from hvqd_model.prior.conditions import Conditions
-from hvqd_model.prior.prior import HierarchicalPrior
+from infra.storage import Store, open_store
 from workflows.config import ComputeSettings, SamplingSettings
 from workflows.data.distributed import Summary, map_units
 from workflows.drawing.bundle import LoadedBundle
@@ -33,21 +37,45 @@ class _Chunk:
 
 @dataclass
 class _Drawer:
-    """Draws chunks with models that travelled here once."""
+    """Draws chunks with the models of a folder."""
 
-    vq: HierarchicalVQ
-    prior: HierarchicalPrior
+    models: Store
     sampling: SamplingSettings
 
     def __post_init__(self) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.vq.to(device)
-        self.prior.to(device)
+        with tempfile.TemporaryDirectory(prefix="hvqd-drawing-") as scratch:
+            folder = self.models.download_folder(Path(scratch))
+            vq, prior = load_model(folder / "vq"), load_model(folder / "prior")
+        assert isinstance(vq, HierarchicalVQ) and isinstance(prior, HierarchicalPrior)
+        self.vq, self.prior = vq.to(device), prior.to(device)
 
     def __call__(self, chunk: _Chunk) -> Summary:
         """The chunk's pictures."""
         images = draw_images(self.vq, self.prior, chunk.seeds, chunk.conditions, self.sampling)
         return {"first": chunk.first, "images": images}
+
+
+@contextmanager
+def laid_down(vq: HierarchicalVQ, prior: HierarchicalPrior, compute: ComputeSettings, shared: Store) -> Iterator[Store]:
+    """Both models in a folder that every process of the job can read, for as long as they draw.
+
+    Files, because the largest priors do not fit into a cluster's object store.
+
+    Args:
+        shared: a folder that all nodes of an existing cluster see; a local cluster is on this machine and needs none.
+    """
+    with tempfile.TemporaryDirectory(prefix="hvqd-models-") as scratch:
+        save_model(vq, Path(scratch, "vq"))
+        save_model(prior, Path(scratch, "prior"))
+        if compute.address is None:
+            yield open_store(scratch)
+            return
+        try:
+            shared.upload_folder(Path(scratch))
+            yield shared
+        finally:
+            shared.delete()
 
 
 _WORTH_BATCHES = 8
@@ -68,17 +96,21 @@ def batches_apart(
     conditions: Conditions,
     sampling: SamplingSettings,
     compute: ComputeSettings,
+    shared: Store,
 ) -> Iterator[tuple[int, Pictures]]:
     """The first picture's index and the pictures of every batch, in the order in which they are done.
 
     Args:
         compute: the cluster; as many processes draw as it offers the job CPUs, or GPUs where the job uses them.
+        shared: see `laid_down`.
     """
-    vq.cpu(), prior.cpu()
     chunks = [_chunk(seeds, conditions, first, sampling.batch) for first in range(0, len(seeds), sampling.batch)]
-    found: Any
-    for found in map_units(lambda: _Drawer(vq, prior, sampling), chunks, compute, on_gpus=True):
-        yield found["first"], found["images"]
+    if not chunks:
+        return
+    with laid_down(vq, prior, compute, shared) as models:
+        found: Any
+        for found in map_units(partial(_Drawer, models, sampling), chunks, compute, on_gpus=True):
+            yield found["first"], found["images"]
 
 
 def draw_apart(
@@ -88,6 +120,7 @@ def draw_apart(
     sampling: SamplingSettings,
     workers: int,
     compute: ComputeSettings,
+    shared: Store,
     progress: Callable[[int, int], None],
 ) -> Pictures:
     """(n, H, W, 3) pictures; see `draw_images`.
@@ -95,11 +128,12 @@ def draw_apart(
     Args:
         workers: processes at most, as far as the cluster has room.
         compute: the cluster.
+        shared: see `laid_down`.
         progress: called with (pictures done, n).
     """
     cluster = compute.model_copy(update={"workers": workers, "threads_per_worker": 1})
     parts: dict[int, Pictures] = {}
-    for first, images in batches_apart(bundle.vq, bundle.prior, seeds, conditions, sampling, cluster):
+    for first, images in batches_apart(bundle.vq, bundle.prior, seeds, conditions, sampling, cluster, shared):
         parts[first] = images
         progress(sum(map(len, parts.values())), len(seeds))
     return np.concatenate([parts[first] for first in sorted(parts)])

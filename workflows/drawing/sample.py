@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,8 @@ def draw_samples(
     if request.workers > 1:
         from workflows.drawing.draw_apart import draw_apart
 
-        images = draw_apart(bundle, seeds, conditions, sampling, request.workers, config.compute, report)
+        shared = open_store(config.root).child(f"drawing-{uuid.uuid4().hex}")
+        images = draw_apart(bundle, seeds, conditions, sampling, request.workers, config.compute, shared, report)
     else:
         images = draw_images(bundle.vq, bundle.prior, seeds, conditions, sampling, report, film.show if film else None)
     recipe = {**request.as_json(sampling), "model": bundle.digest}

@@ -57,6 +57,10 @@ class Parts:
             return None
         return found
 
+    def folder(self, name: str) -> Store:
+        """For what is no array."""
+        return self._store.child(name)
+
     def keep(self, name: str, made: NDArray[Any]) -> NDArray[Any]:
         """The array, which is there from now on."""
         content = io.BytesIO()
@@ -243,7 +247,7 @@ def drawn(
     waiting = {start: dict[int, Pictures]() for start in missing}
     say, begun = subject.say(f"{name} drawn"), count - len(rows)
     batches = _batches(
-        subject, prior, keys[rows].tolist(), labels[rows], sampling, lambda done: say(begun + done, count)
+        subject, name, prior, keys[rows].tolist(), labels[rows], sampling, lambda done: say(begun + done, count)
     )
     for first, pictures in batches:
         start = int(rows[first]) // size * size
@@ -257,6 +261,7 @@ def drawn(
 
 def _batches(
     subject: Subject,
+    name: str,
     prior: HierarchicalPrior,
     seeds: Sequence[int],
     labels: NDArray[np.int64],
@@ -271,7 +276,8 @@ def _batches(
     compute, done = subject.context.config.compute, 0
     if not in_this_process(-(-len(seeds) // sampling.batch), compute):
         asked = as_asked(prior, labels.tolist())
-        for first, pictures in batches_apart(subject.vq, prior, seeds, asked, sampling, compute):
+        shared = subject.parts.folder(f"models-{name}")
+        for first, pictures in batches_apart(subject.vq, prior, seeds, asked, sampling, compute, shared):
             yield first, pictures
             done += len(pictures)
             say(done)
