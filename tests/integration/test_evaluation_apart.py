@@ -26,7 +26,8 @@ from workflows.config import ComputeSettings, SamplingSettings
 from workflows.context import Context
 from workflows.drawing.draw_apart import in_this_process, laid_down
 from workflows.evaluation.features import FeatureExtractor
-from workflows.evaluation.sets import Parts, Split, Subject, drawn
+from workflows.evaluation.sets import drawn
+from workflows.evaluation.subject import Parts, Split, Subject
 from workflows.loading import load_config
 
 PICTURES, A_PART = 520, 256

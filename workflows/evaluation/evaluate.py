@@ -33,7 +33,7 @@ from workflows.context import Context
 from workflows.evaluation.judging import DRAWS, RIDGE, Judged, judge_subject
 from workflows.evaluation.novelty import EvaluationAlarm, described
 from workflows.evaluation.protocol import Protocol
-from workflows.evaluation.sets import MOST_TRAIN, PARTS_FOLDER, Parts, Subject, gather, gather_version
+from workflows.evaluation.subject import MOST_TRAIN, PARTS_FOLDER, Parts, Subject, gather, gather_version
 from workflows.release.registry import find_version, intervals_of, intervals_tag, judged_tag, load_version, parts_tag
 from workflows.requests import PARENTS, request_of
 

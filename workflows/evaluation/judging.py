@@ -32,7 +32,8 @@ from workflows.evaluation.figures import (
 from workflows.evaluation.grids import Grid, draw_grids
 from workflows.evaluation.judge import ClassJudge
 from workflows.evaluation.novelty import EvaluationAlarm, coverage_figures, memorisation_figures, novelty_alarms
-from workflows.evaluation.sets import MOST_TRAIN, Subject, drawn, floor, marginals, untrained
+from workflows.evaluation.sets import drawn, floor, marginals, untrained
+from workflows.evaluation.subject import MOST_TRAIN, Subject
 
 DRAWS = 8
 """Noise levels that each test picture meets."""
